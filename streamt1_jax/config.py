@@ -1,0 +1,348 @@
+"""Every setting of the system: frozen dataclasses, checked when made.
+
+A config that breaks several rules raises one error that lists them all. Released sizes are named constructors.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamt1_jax.errors import BadInputError
+
+PATCH = 2  # The DiT's patch is one latent frame by 2x2 latent pixels, in every published size.
+MAX_SEED = 2**32  # Seeds are unsigned 32-bit numbers; derived seeds wrap there.
+
+
+def _check(name: str, rules: list[tuple[bool, str]]) -> None:
+    """Raises one `BadInputError` with the text of every rule that does not hold."""
+    broken = [text for holds, text in rules if not holds]
+    if broken:
+        raise BadInputError(f"{name}: " + "; ".join(broken))
+
+
+def _is_int(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the causal Wan DiT, in the names of the published `config.json` (SPEC section 2)."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    freq_dim: int = 256
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "eps"}
+        rules = [
+            (_is_int(value, 1), f"{key} is {value!r}, expected an integer of at least 1")
+            for key, value in sizes.items()
+        ]
+        _check("dit", rules)
+        _check(
+            "dit",
+            [
+                (
+                    self.dim % (2 * self.num_heads) == 0,
+                    f"dim {self.dim} does not split into {self.num_heads} heads of an even size",
+                ),
+                (self.freq_dim % 2 == 0, f"freq_dim {self.freq_dim} is odd"),
+                (self.in_dim == self.out_dim, f"in_dim {self.in_dim} differs from out_dim {self.out_dim}"),
+            ],
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @classmethod
+    def wan_1_3b(cls) -> "DiTConfig":
+        return cls()
+
+    @classmethod
+    def wan_14b(cls) -> "DiTConfig":
+        return cls(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the causal Wan VAE (SPEC section 7)."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+
+    def __post_init__(self):
+        _check(
+            "vae",
+            [
+                (
+                    _is_int(self.dim, 2) and self.dim % 2 == 0,
+                    f"dim is {self.dim!r}, expected an even integer",
+                ),
+                (_is_int(self.z_dim, 1), f"z_dim is {self.z_dim!r}, expected an integer of at least 1"),
+                (
+                    len(self.dim_mult) == len(self.temporal_downsample) + 1,
+                    f"{len(self.dim_mult)} dim_mult need {len(self.dim_mult) - 1} temporal_downsample, "
+                    f"not {len(self.temporal_downsample)}",
+                ),
+            ],
+        )
+
+    @property
+    def space_factor(self) -> int:
+        """Pixels to a latent pixel, in height and in width."""
+        return 2 ** len(self.temporal_downsample)
+
+    @property
+    def time_factor(self) -> int:
+        """Pixel frames to a latent frame, after the first."""
+        return 2 ** sum(self.temporal_downsample)
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    """Sizes of the UMT5 encoder (SPEC section 8)."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    num_heads: int = 64
+    head_dim: int = 64
+    ffn_dim: int = 10240
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "eps"}
+        _check(
+            "text",
+            [
+                (_is_int(value, 1), f"{key} is {value!r}, expected an integer of at least 1")
+                for key, value in sizes.items()
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The three networks of one checkpoint, and the size of video they were made for."""
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: UMT5Config = field(default_factory=UMT5Config)
+    height: int = 480
+    width: int = 832
+
+    def __post_init__(self):
+        _check(
+            "model",
+            [
+                (
+                    self.dit.in_dim == self.vae.z_dim,
+                    f"dit.in_dim {self.dit.in_dim} differs from vae.z_dim {self.vae.z_dim}",
+                ),
+                (
+                    self.dit.text_dim == self.text.dim,
+                    f"dit.text_dim {self.dit.text_dim} differs from text.dim {self.text.dim}",
+                ),
+            ],
+        )
+
+    @classmethod
+    def wan_1_3b(cls) -> "ModelConfig":
+        return cls()
+
+    @classmethod
+    def wan_14b(cls) -> "ModelConfig":
+        return cls(dit=DiTConfig.wan_14b())
+
+    @classmethod
+    def mini(cls) -> "ModelConfig":
+        """The embedded model: the same three architectures, 128x80 pixels."""
+        return cls(
+            dit=DiTConfig(dim=192, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=128, text_len=64),
+            vae=VAEConfig(dim=16),
+            text=UMT5Config(vocab_size=1024, dim=128, num_heads=4, head_dim=32, ffn_dim=256, num_layers=2),
+            height=80,
+            width=128,
+        )
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The chunk loop: few-step schedule, window and sink (SPEC sections 1 and 3). Lengths in latent frames."""
+
+    latent_frames_per_chunk: int = 3
+    local_attn_size: int = 12  # sink + window + the chunk itself
+    sink_size: int = 3
+    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    timestep_shift: float = 5.0
+    context_noise: float = 0.0
+
+    def __post_init__(self):
+        f = self.latent_frames_per_chunk
+        steps = self.denoising_steps
+        _check(
+            "stream",
+            [(_is_int(f, 1), f"latent_frames_per_chunk is {f!r}, expected an integer of at least 1")],
+        )
+        _check(
+            "stream",
+            [
+                (
+                    _is_int(self.sink_size, f) and self.sink_size % f == 0,
+                    f"sink_size is {self.sink_size!r}, expected a whole number of chunks of {f} frames, at least one",
+                ),
+                (
+                    _is_int(self.local_attn_size, 1) and self.local_attn_size % f == 0,
+                    f"local_attn_size is {self.local_attn_size!r}, expected a whole number of chunks of {f} frames",
+                ),
+                (
+                    not (_is_int(self.local_attn_size, 1) and _is_int(self.sink_size, 1))
+                    or self.local_attn_size >= self.sink_size + f,
+                    f"local_attn_size {self.local_attn_size} leaves no room for a chunk of {f} beside sink_size {self.sink_size}",
+                ),
+                (
+                    isinstance(steps, tuple)
+                    and len(steps) > 0
+                    and all(_is_int(s, 1) and s <= 1000 for s in steps)
+                    and all(a > b for a, b in zip(steps, steps[1:], strict=False)),
+                    f"denoising_steps is {steps!r}, expected falling integers from 1000 to 1",
+                ),
+                (
+                    _is_number(self.timestep_shift) and 0 < self.timestep_shift < math.inf,
+                    f"timestep_shift is {self.timestep_shift!r}, expected a number above 0",
+                ),
+                (
+                    _is_number(self.context_noise, 0, 1000),
+                    f"context_noise is {self.context_noise!r}, expected 0 to 1000",
+                ),
+            ],
+        )
+
+    @property
+    def sink_chunks(self) -> int:
+        return self.sink_size // self.latent_frames_per_chunk
+
+    @property
+    def window_chunks(self) -> int:
+        """Past chunks that a chunk attends to beside the sinks."""
+        return (self.local_attn_size - self.sink_size) // self.latent_frames_per_chunk - 1
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The test-time search (SPEC sections 4 to 6). The defaults are the released ones."""
+
+    beams: int = 2  # "top_k" in the released code
+    candidates_per_beam: int = 2  # "beam_size" in the released code
+    noise_propagation: bool = True
+    pruning: bool = True  # False: one candidate
+    sinking: bool = True  # False: every evicted chunk is discarded
+    noise_fusion_sigma: float = -0.1
+    sliding_window_size: int = 10  # chunks that the long score sees
+    short_score_fusion_cap: float = 0.4
+    short_threshold: float = 0.0
+    long_threshold: float = 0.2
+    short_mean_window: int | None = None  # chunks in the mean of the short score; None: all earlier ones
+    max_sink_size: int = 15  # latent frames
+    ema_alpha: float = 0.999
+    decode: str = "streaming"  # or "window", as released
+
+    def __post_init__(self):
+        positive = ("beams", "candidates_per_beam", "sliding_window_size", "max_sink_size")
+        rules = [
+            (
+                _is_int(getattr(self, key), 1),
+                f"{key} is {getattr(self, key)!r}, expected an integer of at least 1",
+            )
+            for key in positive
+        ]
+        rules += [
+            (isinstance(getattr(self, key), bool), f"{key} is {getattr(self, key)!r}, expected True or False")
+            for key in ("noise_propagation", "pruning", "sinking")
+        ]
+        ranges = {
+            "noise_fusion_sigma": (-1.0, 1.0),
+            "short_score_fusion_cap": (0.0, 1.0),
+            "ema_alpha": (0.0, 1.0),
+            "short_threshold": (-math.inf, math.inf),
+            "long_threshold": (-math.inf, math.inf),
+        }
+        rules += [
+            (
+                _is_number(getattr(self, key), low, high),
+                f"{key} is {getattr(self, key)!r}, expected a number from {low:g} to {high:g}",
+            )
+            for key, (low, high) in ranges.items()
+        ]
+        window = self.short_mean_window
+        rules.append(
+            (
+                window is None or _is_int(window, 1),
+                f"short_mean_window is {window!r}, expected None or an integer of at least 1",
+            )
+        )
+        rules.append(
+            (
+                self.decode in ("streaming", "window"),
+                f"decode is {self.decode!r}, expected 'streaming' or 'window'",
+            )
+        )
+        _check("search", rules)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(B, K) as run: without pruning there is one beam of one candidate."""
+        return (self.beams, self.candidates_per_beam) if self.pruning else (1, 1)
+
+    @classmethod
+    def longlive(cls) -> "SearchConfig":
+        """Plain LongLive streaming: one candidate, fresh noise, every eviction dropped (SPEC section 9)."""
+        return cls(beams=1, candidates_per_beam=1, noise_propagation=False, sinking=False, pruning=False)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what is asked of a checkpoint."""
+
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self):
+        f, low, high = self.stream.latent_frames_per_chunk, self.stream.sink_size, self.search.max_sink_size
+        _check(
+            "search",
+            [
+                (high >= low, f"max_sink_size {high} is below stream.sink_size {low}"),
+                (high % f == 0, f"max_sink_size {high} is not a whole number of chunks of {f} latent frames"),
+            ],
+        )
+
+    @property
+    def appended_chunks(self) -> int:
+        """Room for appended sinks, in chunks; none where sinking is off."""
+        if not self.search.sinking:
+            return 0
+        return (self.search.max_sink_size - self.stream.sink_size) // self.stream.latent_frames_per_chunk
+
+    @property
+    def cache_slots(self) -> int:
+        """Chunks that the KV cache can hold: sinks, window, appended sinks."""
+        return self.stream.sink_chunks + self.stream.window_chunks + self.appended_chunks

@@ -1,0 +1,66 @@
+"""Noise as a pure function of a seed, and its propagation from chunk to chunk (SPEC section 4)."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from streamt1_jax.types import Chunk, Seed
+
+
+class Draws(NamedTuple):
+    """Everything random about one candidate: what it starts from and what each later step adds."""
+
+    initial: Float[Array, "f C h w"]
+    renoise: Float[Array, "steps_minus_1 f C h w"]
+
+
+NoiseFn: TypeAlias = Callable[[Seed], Draws]
+
+
+def gaussian_noise(chunk_shape: tuple[int, int, int, int], num_steps: int) -> NoiseFn:
+    """Standard normal draws from a seed. The seed is consumed here, and only here, by one draw for all steps."""
+
+    def draw(seed: Seed) -> Draws:
+        noise = jax.random.normal(jax.random.key(seed), (num_steps, *chunk_shape), jnp.float32)
+        return Draws(noise[0], noise[1:])
+
+    return draw
+
+
+def recorded_noise(
+    seeds: Int[Array, " n"] | UInt32[Array, " n"],
+    noise: Float[Array, "n f C h w"],
+    renoise: Float[Array, "n steps_minus_1 f C h w"],
+) -> NoiseFn:
+    """The draws of another program, row i belonging to `seeds[i]`. A seed that was not recorded draws NaN."""
+    seeds = jnp.asarray(seeds).astype(jnp.uint32)
+    noise, renoise = jnp.asarray(noise), jnp.asarray(renoise)
+
+    def draw(seed: Seed) -> Draws:
+        row = jnp.argmax(seeds == seed)
+        missing = jnp.where(jnp.any(seeds == seed), 0.0, jnp.nan)
+        return Draws(noise[row] + missing, renoise[row] + missing)
+
+    return draw
+
+
+def propagate(eps: Chunk, beam_noise: Chunk, sigma: float) -> Chunk:
+    """Stream-Scaled Noise Propagation: sigma * beam_noise + sqrt(1 - sigma^2) * eps keeps unit variance."""
+    return sigma * beam_noise + (1.0 - sigma * sigma) ** 0.5 * eps
+
+
+def first_seeds(seed: Seed, beams: int, candidates: int) -> UInt32[Array, "B K"]:
+    """Chunk 0: seed, seed + 1, ... over all candidates."""
+    return seed + jnp.arange(beams * candidates, dtype=jnp.uint32).reshape(beams, candidates)
+
+
+def next_seeds(
+    seed: Seed, chunk: Int[Array, ""], beam_seeds: UInt32[Array, " B"], candidates: int
+) -> UInt32[Array, "B K"]:
+    """Later chunks: the beam's proven seed again, then seed + 1000 c + 100 b + i. Sums wrap at 2^32."""
+    beam = jnp.arange(beam_seeds.shape[0], dtype=jnp.uint32)[:, None]
+    fresh = seed + 1000 * chunk.astype(jnp.uint32) + 100 * beam + jnp.arange(candidates, dtype=jnp.uint32)
+    return fresh.at[:, 0].set(beam_seeds)

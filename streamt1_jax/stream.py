@@ -1,0 +1,320 @@
+"""The streaming search: `step` = propose, score, select, commit; and its two drivers (SPEC sections 3 to 6).
+
+- `step` is pure. `rollout` runs it under `jax.lax.scan`, one program for a whole video; `stream` runs the same
+  function chunk by chunk from Python.
+- Everything is written for one candidate; `propose` and `score` are where the [B, K] axes appear.
+- Chunk 0 is the same function with `first=True`: it has fewer pixel frames, no past and no noise prior.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8, UInt32
+
+from streamt1_jax.cache import Cache, Evicted, commit, empty_cache, past_of
+from streamt1_jax.config import RunConfig
+from streamt1_jax.generator import Conditioning, Generator
+from streamt1_jax.noise import NoiseFn, first_seeds, next_seeds, propagate
+from streamt1_jax.pruning import fuse, fusion_weight, keep_best
+from streamt1_jax.rewards.base import Reward
+from streamt1_jax.sink import flags_to_route, sink_flags
+from streamt1_jax.state import Beam, ChunkRecord, StreamState
+from streamt1_jax.window import RedecodedWindow, StreamingWindow, make_window, to_pixels
+
+THUMBNAIL_WIDTH = 96  # pixels, at most about this
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """All that is fixed while a program runs. Hashed by identity: keep one, or every call compiles anew."""
+
+    generator: Generator
+    short: Reward
+    long: Reward
+    noise: NoiseFn
+    config: RunConfig
+
+    @property
+    def window(self) -> StreamingWindow | RedecodedWindow:
+        return make_window(self.generator, self.config.search, self.long.pixels)
+
+
+class Candidates(NamedTuple):
+    """What `propose` makes and `score` adds to; every leaf [B, K, ...]."""
+
+    seed: UInt32[Array, "B K"]
+    noise: Float[Array, "B K f C h w"]
+    latents: Float[Array, "B K f C h w"]
+
+
+class Scores(NamedTuple):
+    """Every leaf [B, K, ...] but alpha."""
+
+    short: Float[Array, "B K"]
+    long: Float[Array, "B K"]
+    fused: Float[Array, "B K"]
+    alpha: Float[Array, ""]
+    failed: Bool[Array, "B K"]  # a reward raised
+    frames: Float[Array, "B K T H W 3"]  # as the short reward saw them, in [0, 1]
+    window: PyTree  # the candidate's next `Beam.window`
+    decoder: PyTree | None  # its next `Beam.decoder`; None where `frames` did not come from its parent's
+
+
+def init_state(search: Search, seed: int, total_chunks: int) -> StreamState:
+    """The state before chunk 0.
+
+    Args:
+        seed: 0 to 2^32 - 1.
+        total_chunks: chunks of the whole video; the fusion weight rises over them.
+    """
+    beams, _ = search.config.search.grid
+    recent = search.config.search.short_mean_window or 0
+    beam = Beam(
+        cache=empty_cache(search.config, search.generator.kv),
+        decoder=search.generator.init_decoder(),
+        window=search.window.empty(),
+        noise=jnp.zeros(search.generator.chunk_shape, jnp.float32),
+        seed=jnp.uint32(0),
+        short_sum=jnp.float32(0),
+        short_recent=jnp.zeros((recent,), jnp.float32),
+        long=jnp.float32(0),
+    )
+    return StreamState(
+        beams=jax.tree.map(lambda x: jnp.broadcast_to(x, (beams, *x.shape)), beam),
+        chunk=jnp.int32(0),
+        window_count=jnp.int32(0),
+        seed=jnp.uint32(seed),
+        total_frames=jnp.int32(total_chunks * search.config.stream.latent_frames_per_chunk),
+    )
+
+
+def step(
+    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, *, first: bool
+) -> tuple[StreamState, ChunkRecord]:
+    """One chunk: state and record out, nothing else happens.
+
+    Args:
+        first: whether this is chunk 0; must agree with `state.chunk`.
+    """
+    candidates = propose(search, params, conditioning, state, first=first)
+    scores = score(search, params, conditioning, state, candidates, first=first)
+    usable = jnp.isfinite(scores.fused) & jnp.isfinite(candidates.latents).all(axis=(2, 3, 4, 5))
+    with jax.named_scope("select"):
+        kept = keep_best(scores.fused, usable, candidates.seed.shape[0])
+    return advance(search, params, conditioning, state, candidates, scores, usable, kept, first=first)
+
+
+def propose(
+    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, *, first: bool
+) -> Candidates:
+    """K candidates from each of the B beams: seeds, noise blended with the beam's own, few-step denoising."""
+    with jax.named_scope("propose"):
+        beams, candidates = search.config.search.grid
+        seeds = (
+            first_seeds(state.seed, beams, candidates)
+            if first
+            else next_seeds(state.seed, state.chunk, state.beams.seed, candidates)
+        )
+        start = state.chunk * search.config.stream.latent_frames_per_chunk
+        blend = search.config.search.noise_propagation and not first
+
+        def candidate(seed, beam_noise, past):
+            draws = search.noise(seed)
+            if blend:
+                draws = draws._replace(
+                    initial=propagate(draws.initial, beam_noise, search.config.search.noise_fusion_sigma)
+                )
+            return draws.initial, search.generator.denoise(params, conditioning, draws, past, start)
+
+        def of_beam(seeds, noise, cache):
+            # The candidates of a beam share its past, read only.
+            past = None if first else past_of(cache, state.chunk, search.config)
+            return jax.vmap(candidate, in_axes=(0, None, None))(seeds, noise, past)
+
+        noise, latents = jax.vmap(of_beam)(seeds, state.beams.noise, state.beams.cache)
+        return Candidates(seeds, noise, latents)
+
+
+def score(
+    search: Search,
+    params: PyTree,
+    conditioning: Conditioning,
+    state: StreamState,
+    candidates: Candidates,
+    *,
+    first: bool,
+) -> Scores:
+    """Decodes every candidate, asks both rewards, fuses what they say (SPEC section 5)."""
+    with jax.named_scope("score"):
+        beams, count = candidates.seed.shape
+        seen = search.window.see(params, state, candidates.latents, first=first)
+
+        def judge(reward: Reward, video, valid):
+            video = video.reshape(beams * count, *video.shape[2:])
+            verdict = reward.call(video, jnp.full((beams * count,), valid, jnp.int32), conditioning.prompt_index)
+            return verdict.scores.reshape(beams, count), (verdict.status != 0).reshape(beams, count)
+
+        short, short_failed = judge(search.short, to_pixels(seen.chunk, search.short.pixels), seen.chunk.shape[2])
+        long, long_failed = judge(search.long, to_pixels(seen.long, search.long.pixels), seen.long_valid)
+        f = search.config.stream.latent_frames_per_chunk
+        alpha = fusion_weight(state.chunk * f, state.total_frames, f, search.config.search.short_score_fusion_cap)
+        return Scores(
+            short=short,
+            long=long,
+            fused=fuse(short, long, alpha),
+            alpha=alpha,
+            failed=short_failed | long_failed,
+            frames=seen.chunk,
+            window=seen.window,
+            decoder=seen.decoder,
+        )
+
+
+def advance(
+    search: Search,
+    params: PyTree,
+    conditioning: Conditioning,
+    state: StreamState,
+    candidates: Candidates,
+    scores: Scores,
+    usable: Bool[Array, "B K"],
+    kept: Int[Array, " B"],
+    *,
+    first: bool,
+) -> tuple[StreamState, ChunkRecord]:
+    """Makes the kept candidates the beams: their chunks go into the caches, what they evict is routed (SPEC section 6)."""
+    with jax.named_scope("commit"):
+        ema, append = _flags(search, state, scores, first=first)
+        of_candidates = {
+            "noise": candidates.noise,
+            "latents": candidates.latents,
+            "seed": candidates.seed,
+            "short": scores.short,
+            "long": scores.long,
+            "window": scores.window,
+            "route": flags_to_route(ema, append),
+            "decoder": scores.decoder,
+            "frames": scores.frames,
+        }
+        won = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[kept], of_candidates)
+        parents = jax.tree.map(lambda x: x[kept // candidates.seed.shape[1]], state.beams)
+
+        cache, evicted = _remember(search, params, conditioning, state, won, parents, first=first)
+        frames, decoder = won["frames"], won["decoder"]
+        if decoder is None:  # The rewards saw another decode than the viewer will.
+            decode = functools.partial(search.generator.decode, params, first=first)
+            frames, decoder = jax.vmap(decode)(parents.decoder, won["latents"])
+
+        beams = Beam(
+            cache=cache,
+            decoder=decoder,
+            window=won["window"],
+            noise=won["noise"],
+            seed=won["seed"],
+            short_sum=parents.short_sum + won["short"],
+            short_recent=_remember_short(parents.short_recent, won["short"], state.chunk),
+            long=won["long"],
+        )
+        _, window_count = search.window.next_count(state, first=first)
+        next_state = dataclasses.replace(state, beams=beams, chunk=state.chunk + 1, window_count=window_count)
+        record = ChunkRecord(
+            seed=candidates.seed,
+            short=scores.short,
+            long=scores.long,
+            score=scores.fused,
+            ema=ema,
+            append=append,
+            usable=usable,
+            reward_failed=scores.failed,
+            thumbnail=_thumbnails(scores.frames),
+            sink_start=_appended_starts(state, search.config),
+            kept=kept,
+            evicted_start=evicted.start,
+            evicted_route=evicted.route,
+            latents=won["latents"],
+            frames=to_pixels(frames, "uint8"),
+            alpha=scores.alpha,
+        )
+        return next_state, record
+
+
+def _remember(search, params, conditioning, state, won, parents, *, first) -> tuple[Cache, Evicted]:
+    """The context pass of every kept chunk, and its place in the cache."""
+    start = state.chunk * search.config.stream.latent_frames_per_chunk
+
+    def of_beam(latents, route, cache):
+        past = None if first else past_of(cache, state.chunk, search.config)
+        kv = search.generator.context(params, conditioning, latents, past, start)
+        return commit(cache, kv, state.chunk, route, search.config)
+
+    return jax.vmap(of_beam)(won["latents"], won["route"], parents.cache)
+
+
+def _flags(search, state, scores, *, first):
+    """(EMA, APPEND) of every candidate; the first chunk is a sink already and has neither."""
+    if first:
+        return jnp.zeros(scores.short.shape, bool), jnp.zeros(scores.short.shape, bool)
+    window = search.config.search.short_mean_window
+    if window is None:
+        mean = state.beams.short_sum / state.chunk
+    else:
+        mean = state.beams.short_recent.sum(axis=1) / jnp.minimum(state.chunk, window)
+    return sink_flags(scores.short, mean[:, None], scores.long, state.beams.long[:, None], search.config.search)
+
+
+def _remember_short(recent: Float[Array, "B recent"], short: Float[Array, " B"], chunk) -> Float[Array, "B recent"]:
+    size = recent.shape[1]
+    return recent if size == 0 else recent.at[:, chunk % size].set(short)
+
+
+def _appended_starts(state: StreamState, config: RunConfig) -> Int[Array, "B appended"]:
+    fixed = config.stream.sink_chunks + config.stream.window_chunks
+    return state.beams.cache.start[:, fixed:]
+
+
+def _thumbnails(frames: Float[Array, "B K T H W 3"]) -> UInt8[Array, "B K th tw 3"]:
+    middle = frames[:, :, frames.shape[2] // 2]
+    stride = max(1, round(middle.shape[3] / THUMBNAIL_WIDTH))
+    return to_pixels(middle[:, :, ::stride, ::stride], "uint8")
+
+
+def rollout(
+    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, num_chunks: int
+) -> tuple[StreamState, ChunkRecord, ChunkRecord]:
+    """A whole video in one program: chunk 0, then a scan over the rest. For use under `jax.jit`.
+
+    Returns:
+        The last state; the record of chunk 0; the records of the others, stacked on a leading axis.
+    """
+    state, head = step(search, params, conditioning, state, first=True)
+    state, tail = jax.lax.scan(
+        lambda state, _: step(search, params, conditioning, state, first=False), state, length=num_chunks - 1
+    )
+    return state, head, tail
+
+
+@functools.partial(jax.jit, static_argnames=("search", "first"), donate_argnames="state")
+def jitted_step(
+    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, *, first: bool
+) -> tuple[StreamState, ChunkRecord]:
+    """`step` compiled; the state handed in is consumed, so the caches are not copied."""
+    return step(search, params, conditioning, state, first=first)
+
+
+def stream(
+    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState
+) -> Iterator[tuple[StreamState, ChunkRecord]]:
+    """Chunk after chunk without end, by the same `step`: two programs whatever the length.
+
+    The state handed in, and each state yielded, is consumed by the next iteration.
+    """
+    first = True
+    while True:
+        state, record = jitted_step(search, params, conditioning, state, first=first)
+        yield state, record
+        first = False

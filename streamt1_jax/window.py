@@ -1,0 +1,126 @@
+"""What the rewards see of a candidate, in the two decode modes (SPEC section 5).
+
+- "streaming" (default): a decoder carries its state per beam, so each pixel frame is decoded once; the beam remembers
+  the frames of its last W chunks.
+- "window" (as released): the chunk, and the last W chunks, are decoded from a fresh decoder every time; the beam
+  remembers latents.
+
+Both give the long reward the same frames as long as the window starts at frame 0.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree, Shaped
+
+from streamt1_jax.config import SearchConfig
+from streamt1_jax.generator import Generator
+from streamt1_jax.state import StreamState
+from streamt1_jax.types import Count, Frames
+
+
+class Seen(NamedTuple):
+    """Every leaf [B, K, ...] but `long_valid`."""
+
+    chunk: Float[Array, "B K T H W 3"]  # the candidate's own frames, in [0, 1]
+    long: Shaped[Array, "B K cap H W 3"]  # the frames of the last W chunks, oldest first
+    long_valid: Count  # how many of them are valid
+    window: PyTree  # the candidate's next `Beam.window`
+    decoder: PyTree | None  # its next `Beam.decoder`, where streaming has advanced it
+
+
+def to_pixels(frames: Shaped[Array, "*n H W 3"], pixels: str) -> Shaped[Array, "*n H W 3"]:
+    """Frames in [0, 1], or already in uint8, as a reward wants them: "uint8" or "float32"."""
+    if pixels == "uint8" and frames.dtype != jnp.uint8:
+        return jnp.round(frames * 255.0).astype(jnp.uint8)
+    return frames
+
+
+def push(
+    buffer: Shaped[Array, "cap *x"], count: Count, drop: Count, new: Shaped[Array, "n *x"]
+) -> Shaped[Array, "cap *x"]:
+    """Drops the oldest `drop` of `count` valid entries and appends `new`; what stands behind is garbage.
+
+    >>> push([a b c .], count=3, drop=2, new=[d e])  ->  [c d e .]
+    """
+    shifted = jnp.roll(buffer, -drop, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(shifted, new.astype(buffer.dtype), count - drop, axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamingWindow:
+    """The frames of the last W chunks, each decoded once from its parent's decoder state."""
+
+    generator: Generator
+    chunks: int
+    pixels: str
+
+    def empty(self) -> Shaped[Array, "cap H W 3"]:
+        shape = (self.chunks * self.generator.frames_per_chunk, *self.generator.frame_shape, 3)
+        return jnp.zeros(shape, jnp.uint8 if self.pixels == "uint8" else jnp.float32)
+
+    def next_count(self, state: StreamState, *, first: bool) -> tuple[Count, Count]:
+        """(entries that fall out, valid entries afterwards)."""
+        per_chunk, first_frames = self.generator.frames_per_chunk, self.generator.first_frames
+        oldest = jnp.where(state.chunk == self.chunks, first_frames, per_chunk)
+        drop = jnp.where(state.chunk >= self.chunks, oldest, 0)
+        return drop, state.window_count - drop + (first_frames if first else per_chunk)
+
+    def see(self, params: PyTree, state: StreamState, latents: Float[Array, "B K f C h w"], *, first: bool) -> Seen:
+        drop, valid = self.next_count(state, first=first)
+
+        def candidate(latents, decoder, window):
+            frames, decoder = self.generator.decode(params, decoder, latents, first=first)
+            return frames, push(window, state.window_count, drop, to_pixels(frames, self.pixels)), decoder
+
+        of_beam = jax.vmap(candidate, in_axes=(0, None, None))
+        frames, window, decoder = jax.vmap(of_beam)(latents, state.beams.decoder, state.beams.window)
+        return Seen(frames, frames if first else window, valid, window, decoder)
+
+
+@dataclass(frozen=True, eq=False)
+class RedecodedWindow:
+    """The latents of the last W chunks, decoded from a fresh decoder for every score."""
+
+    generator: Generator
+    chunks: int
+
+    def empty(self) -> Float[Array, "W f C h w"]:
+        return jnp.zeros((self.chunks, *self.generator.chunk_shape), jnp.float32)
+
+    def next_count(self, state: StreamState, *, first: bool) -> tuple[Count, Count]:
+        drop = (state.chunk >= self.chunks).astype(jnp.int32)
+        return drop, state.window_count - drop + 1
+
+    def see(self, params: PyTree, state: StreamState, latents: Float[Array, "B K f C h w"], *, first: bool) -> Seen:
+        drop, valid = self.next_count(state, first=first)
+
+        def candidate(latents, window):
+            window = push(window, state.window_count, drop, latents[None])
+            frames, _ = self.generator.decode(params, self.generator.init_decoder(), latents, first=True)
+            return frames, window, None if first else self._decode(params, window)
+
+        of_beam = jax.vmap(candidate, in_axes=(0, None))
+        frames, window, long = jax.vmap(of_beam)(latents, state.beams.window)
+        valid_frames = self.generator.first_frames + self.generator.frames_per_chunk * (valid - 1)
+        return Seen(frames, frames if first else long, valid_frames, window, None)
+
+    def _decode(self, params: PyTree, window: Float[Array, "W f C h w"]) -> Frames:
+        """All W chunks at once; the decoder is causal, so garbage behind the valid chunks does not reach them."""
+        head, decoder = self.generator.decode(params, self.generator.init_decoder(), window[0], first=True)
+
+        def rest(decoder, latents):
+            frames, decoder = self.generator.decode(params, decoder, latents, first=False)
+            return decoder, frames
+
+        _, tail = jax.lax.scan(rest, decoder, window[1:])
+        return jnp.concatenate([head, tail.reshape(-1, *head.shape[1:])])
+
+
+def make_window(generator: Generator, search: SearchConfig, pixels: str) -> StreamingWindow | RedecodedWindow:
+    """The window of the configured decode mode; `pixels` is what the long reward wants."""
+    if search.decode == "window":
+        return RedecodedWindow(generator, search.sliding_window_size)
+    return StreamingWindow(generator, search.sliding_window_size, pixels)
