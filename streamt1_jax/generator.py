@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, PyTree
 from streamt1_jax.config import PATCH, ModelConfig, StreamConfig
 from streamt1_jax.denoise import denoise
 from streamt1_jax.models.dit import KV, CausalWanDiT, Past, TimeModulation
-from streamt1_jax.models.vae import WanDecoder
+from streamt1_jax.models.vae import Decoder
 from streamt1_jax.noise import Draws
 from streamt1_jax.schedule import few_step_schedule
 from streamt1_jax.types import Chunk, Count, Frames, PromptEmbeds
@@ -56,7 +56,7 @@ def dit_graph(config: ModelConfig, dtype: Any) -> tuple[Any, PyTree]:
 @functools.cache
 def decoder_graph(config: ModelConfig, dtype: Any) -> tuple[Any, PyTree]:
     """(graph, abstract parameters) of the VAE's decoder; no memory is taken."""
-    return nnx.split(nnx.eval_shape(lambda: WanDecoder(config.vae, dtype=dtype, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config.vae, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def wan_generator(
@@ -69,7 +69,7 @@ def wan_generator(
         dtype: of parameters, activations and the KV cache.
     """
     dit_graphdef, _ = dit_graph(config, dtype)
-    decoder_graphdef, _ = decoder_graph(config, dtype)
+    decoder_graphdef, decoder_abstract = decoder_graph(config, dtype)
     schedule = few_step_schedule(stream)
     factor, f = config.vae.space_factor, stream.latent_frames_per_chunk
     latent = (height // factor, width // factor)
@@ -78,7 +78,7 @@ def wan_generator(
     def dit(params) -> CausalWanDiT:
         return nnx.merge(dit_graphdef, params["dit"])
 
-    def decoder(params) -> WanDecoder:
+    def decoder(params) -> Decoder:
         return nnx.merge(decoder_graphdef, params["decoder"])
 
     def prepare(params, prompt_embeds, prompt_index):
@@ -105,7 +105,7 @@ def wan_generator(
         prepare=prepare,
         denoise=denoise_chunk,
         context=context,
-        init_decoder=lambda: WanDecoder.init_state(config.vae, *latent, dtype=dtype),
+        init_decoder=lambda: nnx.merge(decoder_graphdef, decoder_abstract).init_decoder_state(*latent),
         decode=decode,
         frames_per_chunk=config.vae.time_factor * f,
         first_frames=config.vae.time_factor * (f - 1) + 1,

@@ -1,6 +1,6 @@
 """The streaming search: `step` = propose, score, select, commit; and its two drivers (SPEC sections 3 to 6).
 
-- `step` is pure. `rollout` runs it under `jax.lax.scan`, one program for a whole video; `stream` runs the same
+- `step` is pure. `rollout` runs it under `jax.lax.scan`, one program for a whole video; `stream_chunks` runs the same
   function chunk by chunk from Python.
 - Everything is written for one candidate; `propose` and `score` are where the [B, K] axes appear.
 - Chunk 0 is the same function with `first=True`: it has fewer pixel frames, no past and no noise prior.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8, UInt32
 
 from streamt1_jax.cache import Cache, Evicted, commit, empty_cache, past_of
@@ -21,7 +22,7 @@ from streamt1_jax.config import RunConfig
 from streamt1_jax.generator import Conditioning, Generator
 from streamt1_jax.noise import NoiseFn, first_seeds, next_seeds, propagate
 from streamt1_jax.pruning import fuse, fusion_weight, keep_best
-from streamt1_jax.rewards.base import Reward
+from streamt1_jax.rewards.base import Reward, Verdict
 from streamt1_jax.sink import flags_to_route, sink_flags
 from streamt1_jax.state import Beam, ChunkRecord, StreamState
 from streamt1_jax.window import RedecodedWindow, StreamingWindow, make_window, to_pixels
@@ -187,7 +188,7 @@ def advance(
     *,
     first: bool,
 ) -> tuple[StreamState, ChunkRecord]:
-    """Makes the kept candidates the beams: their chunks go into the caches, what they evict is routed (SPEC section 6)."""
+    """Makes the kept candidates the beams: their chunks go into the caches, what leaves is routed (SPEC section 6)."""
     with jax.named_scope("commit"):
         ema, append = _flags(search, state, scores, first=first)
         of_candidates = {
@@ -306,7 +307,7 @@ def jitted_step(
     return step(search, params, conditioning, state, first=first)
 
 
-def stream(
+def stream_chunks(
     search: Search, params: PyTree, conditioning: Conditioning, state: StreamState
 ) -> Iterator[tuple[StreamState, ChunkRecord]]:
     """Chunk after chunk without end, by the same `step`: two programs whatever the length.
@@ -318,3 +319,21 @@ def stream(
         state, record = jitted_step(search, params, conditioning, state, first=first)
         yield state, record
         first = False
+
+
+def score_video(reward: Reward, frames: UInt8[np.ndarray, "T H W 3"], prompt_index: Int[Array, ""]) -> float:
+    """The reward of one finished video of any length, outside the step.
+
+    The frames are padded to the next power of two, so that videos of all lengths share a few programs.
+    """
+    length = 1 << (len(frames) - 1).bit_length()
+    padded = np.zeros((1, length, *frames.shape[1:]), np.uint8)
+    padded[0, : len(frames)] = frames
+    video = padded if reward.pixels == "uint8" else padded.astype(np.float32) / 255.0
+    verdict = _jitted_reward(reward, video, jnp.full((1,), len(frames), jnp.int32), prompt_index)
+    return float(verdict.scores[0])
+
+
+@functools.partial(jax.jit, static_argnames="reward")
+def _jitted_reward(reward: Reward, videos, num_frames, prompt_index) -> Verdict:
+    return reward.call(videos, num_frames, prompt_index)
