@@ -6,6 +6,8 @@ Names are resolved when they are first used, so that importing the package touch
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig, StreamConfig
     from streamt1_jax.generator import Generator, wan_generator

@@ -4,6 +4,7 @@ A config that breaks several rules raises one error that lists them all. Release
 """
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +138,19 @@ class UMT5Config:
                 for key, value in sizes.items()
             ],
         )
+        _check(
+            "text",
+            [
+                (
+                    self.num_buckets >= 4 and self.num_buckets % 2 == 0,
+                    f"num_buckets is {self.num_buckets}, expected an even number of at least 4",
+                ),
+                (
+                    4 * self.max_distance > self.num_buckets,
+                    f"max_distance {self.max_distance} is not above a quarter of num_buckets {self.num_buckets}",
+                ),
+            ],
+        )
 
 
 @dataclass(frozen=True)
@@ -216,13 +230,14 @@ class StreamConfig:
                 (
                     not (_is_int(self.local_attn_size, 1) and _is_int(self.sink_size, 1))
                     or self.local_attn_size >= self.sink_size + f,
-                    f"local_attn_size {self.local_attn_size} leaves no room for a chunk of {f} beside sink_size {self.sink_size}",
+                    f"local_attn_size {self.local_attn_size} leaves no room for a chunk of {f} "
+                    f"beside sink_size {self.sink_size}",
                 ),
                 (
                     isinstance(steps, tuple)
                     and len(steps) > 0
                     and all(_is_int(s, 1) and s <= 1000 for s in steps)
-                    and all(a > b for a, b in zip(steps, steps[1:], strict=False)),
+                    and all(a > b for a, b in itertools.pairwise(steps)),
                     f"denoising_steps is {steps!r}, expected falling integers from 1000 to 1",
                 ),
                 (

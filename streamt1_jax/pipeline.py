@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
+from streamt1_jax import __version__
 from streamt1_jax.config import RunConfig, SearchConfig
 from streamt1_jax.errors import BadInputError, RewardError
 from streamt1_jax.generator import Conditioning, Generator, wan_generator
@@ -291,7 +292,7 @@ class StreamT1Pipeline:
             "attention": attention_path(self.dtype),
             "weights": self.weights.describe(),
             "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-            "versions": {name: version(name) for name in ("streamt1-jax", "jax", "jaxlib", "flax", "numpy")},
+            "versions": {"streamt1-jax": __version__, **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}},
             "seconds": {
                 "total": time.perf_counter() - started,
                 "chunks": [chunk.seconds for chunk in trace.chunks],  # compilation is in the first two

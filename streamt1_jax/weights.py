@@ -4,20 +4,20 @@ Both give the same three things: the networks' graphs, their parameters, and a p
 """
 
 import functools
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
+from streamt1_jax.checkpoint import load_checkpoint, load_params
 from streamt1_jax.config import ModelConfig
 from streamt1_jax.generator import decoder_graph, dit_graph
-from streamt1_jax.models.dit import CausalWanDiT
 from streamt1_jax.models.umt5 import UMT5Encoder
-from streamt1_jax.models.vae import Decoder
 
 MINI_SEED = 0
 
@@ -45,6 +45,28 @@ def text_graph(config: ModelConfig, dtype: Any) -> tuple[Any, PyTree]:
     return nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config.text, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
+def random_params(abstract: PyTree, seed: int) -> PyTree:
+    """Parameters for measuring or trying a network that has no weights: unit gains, zero biases, kernels of
+    variance 1 / fan-in. Drawn by NumPy, in the order of the leaves: no program is compiled for it."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = str(path[-1].key)
+        if name in ("scale", "gamma"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name == "bias":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        # Of three axes the first is the layer: only dense kernels are stacked.
+        inputs = leaf.shape[1:-1] if leaf.ndim == 3 else leaf.shape[:-1]
+        fan_in = {"kernel": math.prod(inputs), "modulation": leaf.shape[-1]}.get(name, 1)
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * fan_in**-0.5, leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract))
+    state = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return state
+
+
 class MiniWeights:
     """The embedded model. Its weights are not trained yet: random numbers from a fixed seed."""
 
@@ -53,12 +75,12 @@ class MiniWeights:
 
     def generator_params(self, dtype: Any) -> PyTree:
         return {
-            "dit": _draw(lambda rngs: CausalWanDiT(self.config.dit, dtype=dtype, rngs=rngs)),
-            "decoder": _draw(lambda rngs: Decoder(self.config.vae, dtype=dtype, rngs=rngs)),
+            "dit": random_params(dit_graph(self.config, dtype)[1], MINI_SEED),
+            "decoder": random_params(decoder_graph(self.config, dtype)[1], MINI_SEED),
         }
 
     def text_params(self, dtype: Any) -> PyTree:
-        return _draw(lambda rngs: UMT5Encoder(self.config.text, dtype=dtype, rngs=rngs))
+        return random_params(text_graph(self.config, dtype)[1], MINI_SEED)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -68,34 +90,31 @@ class MiniWeights:
         }
 
 
-def _draw(make: Callable[[nnx.Rngs], nnx.Module]) -> PyTree:
-    return jax.jit(lambda: nnx.state(make(nnx.Rngs(MINI_SEED)), nnx.Param))()
-
-
 class CheckpointWeights:
     """A folder that `streamt1 convert` wrote, verified when it is opened."""
 
     def __init__(self, folder: str | Path):
-        from streamt1_jax.checkpoint import load_checkpoint
-
-        self.checkpoint = load_checkpoint(Path(folder))
+        self.checkpoint = load_checkpoint(folder)
         self.config = self.checkpoint.config
-        self.tokenizer = self.checkpoint.dir / "tokenizer"
+        self.tokenizer = self.checkpoint.tokenizer_folder
 
     def generator_params(self, dtype: Any) -> PyTree:
-        return {
-            "dit": self._load("dit", dit_graph(self.config, dtype)[1], dtype),
-            "decoder": self._load("vae", decoder_graph(self.config, dtype)[1], dtype),
-        }
+        vae = load_params(self.checkpoint, "vae", dtype)
+        return {"dit": load_params(self.checkpoint, "dit", dtype), "decoder": vae["decoder"]}
 
     def text_params(self, dtype: Any) -> PyTree:
-        return self._load("text", text_graph(self.config, dtype)[1], dtype)
+        return load_params(self.checkpoint, "text", dtype)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": str(self.checkpoint.dir), "trained": True, "manifest": self.checkpoint.manifest}
-
-    def _load(self, network: str, abstract: PyTree, dtype: Any) -> PyTree:
-        raise NotImplementedError
+        manifest = self.checkpoint.manifest
+        hashes = {name: entry["params_sha256"] for name, entry in manifest["networks"].items()}
+        return {
+            "name": self.checkpoint.folder.name,
+            "summary": f"converted from {manifest['origin']}",
+            "trained": True,
+            "origin": manifest["origin"],
+            "params_sha256": hashes,
+        }
 
 
 def default_dtype() -> Any:

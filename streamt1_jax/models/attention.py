@@ -44,7 +44,7 @@ def _plain_attention(q, k, v, length):
     tokens, heads, _ = q.shape
     logits_bytes = 4 * heads * tokens * k.shape[0]
     blocks = next(
-        m for m in range(1, tokens + 1) if tokens % m == 0 and logits_bytes <= m * LOGITS_LIMIT or m == tokens
+        m for m in range(1, tokens + 1) if (tokens % m == 0 and logits_bytes <= m * LOGITS_LIMIT) or m == tokens
     )
     if blocks == 1:
         return run(q, k, v)

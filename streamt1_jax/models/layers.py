@@ -69,7 +69,7 @@ def scan_layers(layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, 
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """(x - mean) / sqrt(var + eps) over the last axis, without an affine map. Returns float32, as it needs to compute."""
+    """(x - mean) / sqrt(var + eps) over the last axis, without an affine map; float32 comes out."""
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)

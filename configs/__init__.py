@@ -1,0 +1,1 @@
+"""Config files for `streamt1 generate --config`: one `get_config()` each, with keys the program uses and no others."""

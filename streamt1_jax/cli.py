@@ -1,0 +1,297 @@
+"""The `streamt1` command.
+
+- Exit codes: 0 done, 1 a mismatch or another failure, 2 bad input, 3 weights, 4 out of memory, 130 interrupted.
+- An error is one line on stderr: what came, what was expected, what to do. STREAMT1_DEBUG=1 shows the traceback.
+- Everything a user typed is checked before JAX is imported, let alone weights are loaded.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streamt1_jax.config import RunConfig
+from streamt1_jax.errors import BadInputError, OutOfMemoryError, StreamT1Error
+from streamt1_jax.outputs import SOFTWARE, RunPaths, atomic_write, folder_outputs, single_output, write_json
+from streamt1_jax.settings import Settings, chunks_of, load_settings
+
+if TYPE_CHECKING:
+    from streamt1_jax import ChunkResult, Output, StreamT1Pipeline
+
+INTERRUPTED = 130
+FAILED = 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise BadInputError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; prints at most one line of error."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            args = _build_parser(convert=argv[:1] == ["convert"]).parse_args(argv)
+            return args.run(args)
+        except SystemExit as leaving:  # argparse after --help
+            return int(leaving.code or 0)
+        except KeyboardInterrupt:
+            return _fail("interrupted", INTERRUPTED)
+        except StreamT1Error as error:
+            return _fail(str(error), error.exit_code)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                return _fail(
+                    f"{_first_line(error)}; free the device, or use one with more memory", OutOfMemoryError.exit_code
+                )
+            what = f"{type(error).__name__}: {error}"
+            return _fail(f"{what}; this is a fault of the program: set STREAMT1_DEBUG=1 to see where", FAILED)
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("STREAMT1_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"streamt1: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"streamt1: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _build_parser(*, convert: bool) -> argparse.ArgumentParser:
+    """The parser of all commands; the options of `convert` only where asked, since they live beside torch."""
+    parser = _Parser(prog="streamt1", description="Streaming video generation with test-time search, in JAX.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_generate(commands)
+    with _torch_required():
+        if convert:
+            from convert.cli import add_convert_parser
+
+            add_convert_parser(commands)
+            commands.choices["convert"].set_defaults(run=_run_convert)
+        else:
+            commands.add_parser("convert", help="convert PyTorch checkpoints")
+    parity = commands.add_parser("parity", help="replay a recorded PyTorch run and compare")
+    parity.add_argument("case", help="CASE.safetensors, with CASE.json beside it")
+    parity.set_defaults(run=_run_parity)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="make a video from a prompt",
+        description="Makes OUT.mp4, the record of the search OUT.json and its picture OUT.png.",
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help="what the video shows")
+    add("--prompts-file", metavar="FILE", help="one prompt per line instead; --out is then a folder")
+    add("--out", required=True, metavar="PATH", help="the video's name, ending in .mp4; with --prompts-file a folder")
+    add("--overwrite", action="store_true", help="replace an earlier result of that name")
+    add(
+        "--checkpoint", default="mini", metavar="DIR", help="a converted checkpoint (default: mini, the embedded model)"
+    )
+    add("--config", metavar="FILE", help="a Python file with get_config(), such as configs/stream_t1.py; it is run")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one setting, such as search.beams=4; repeatable",
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", help="length; the nearest legal number of frames is made (default: 5)")
+    length.add_argument("--frames", help="length in pixel frames, 12k - 3: 9, 21, ..., 81 (5 s), ..., 477 (30 s)")
+    add("--seed", help="0 to 4294967295 (default: 42)")
+    add("--height", help="pixels, a multiple of 16 (default: as the weights were trained)")
+    add("--width", help="pixels, a multiple of 16 (default: as the weights were trained)")
+    add("--rewards", metavar="SHORT[,LONG]", help="the two rewards by name (default: native)")
+    add("--strict", action="store_true", help="refuse a prompt that is too long instead of cutting it")
+    add("--allow-cpu", action="store_true", help="run a full-size model without a GPU (very slow)")
+    add("--progress", action="store_true", help="show the progress bar even where stderr is no terminal")
+    parser.set_defaults(run=_run_generate)
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """The flags as further `--set` texts, so that one parser reads them all."""
+    texts = list(args.set)
+    if args.frames is not None:
+        texts.append("generate.seconds=none")  # of the config file
+    if args.seconds is not None:
+        texts.append("generate.frames=none")
+    for key in ("seconds", "frames", "seed", "height", "width"):
+        value = getattr(args, key)
+        if value is not None:
+            texts.append(f"generate.{key}={value}")
+    if args.rewards is not None:
+        short, _, long = args.rewards.partition(",")
+        texts += [f"rewards.short={short}", f"rewards.long={long or short}"]
+    return [*texts, "generate.strict=true"] if args.strict else texts
+
+
+def _run_generate(args: argparse.Namespace) -> int:
+    settings = load_settings(args.config, _overrides(args))
+    jobs = _plan_jobs(args)
+
+    from streamt1_jax import StreamT1Pipeline
+    from streamt1_jax.compile_cache import enable_compilation_cache
+
+    _check_rewards(settings)
+    enable_compilation_cache()
+    with _memory_advice(settings.run):
+        pipe = StreamT1Pipeline.from_pretrained(args.checkpoint, allow_cpu=args.allow_cpu)
+        for number, job in enumerate(jobs, start=1):
+            label = f"{number}/{len(jobs)}" if args.prompts_file else job.paths.video.name
+            out = _generate(pipe, job.prompt, settings, label, forced=args.progress)
+            save_result(out, job.paths, overwrite=args.overwrite)
+            print(f"video   {job.paths.video}\nrecord  {job.paths.record}\ntree    {job.paths.tree}")
+            print(f"weights {out.info['weights']['summary']}", flush=True)
+    return 0
+
+
+def _check_rewards(settings: Settings) -> None:
+    """Refuses names that mean nothing. A user's own reward may be a big model, so the pipeline makes it, once."""
+    from streamt1_jax.rewards import PromptTable, resolve
+
+    for role, name in (("short", settings.rewards.short), ("long", settings.rewards.long)):
+        if ":" not in name:
+            resolve(name, role, PromptTable())
+
+
+@dataclass(frozen=True)
+class _Job:
+    prompt: str
+    paths: RunPaths
+
+
+def _plan_jobs(args: argparse.Namespace) -> list[_Job]:
+    """What to make and where to put it, every prompt and every path checked."""
+    from streamt1_jax.text import check_prompt, read_prompts_file
+
+    if (args.prompt is None) == (args.prompts_file is None):
+        came = "neither a prompt nor a prompts file" if args.prompt is None else "a prompt and a prompts file"
+        raise BadInputError(
+            f'{came} came, expected one of them: streamt1 generate "a red circle moves right" --out out.mp4'
+        )
+    if args.prompts_file is None:
+        return [_Job(check_prompt(args.prompt), single_output(args.out, overwrite=args.overwrite))]
+    prompts, skipped = read_prompts_file(args.prompts_file)
+    if skipped:
+        _show_warning(f"{args.prompts_file}: {skipped} blank lines skipped, {len(prompts)} prompts left")
+    return [
+        _Job(*job) for job in zip(prompts, folder_outputs(args.out, prompts, overwrite=args.overwrite), strict=True)
+    ]
+
+
+def _generate(pipe: "StreamT1Pipeline", prompt: str, settings: Settings, label: str, *, forced: bool) -> "Output":
+    """One call of the pipeline under a progress bar over its chunks."""
+    from tqdm import tqdm
+
+    asked, run = settings.generate, settings.run
+    frames = asked.num_frames(run.stream)
+    chunks = chunks_of(frames, run.stream)
+    hidden = not (forced or sys.stderr.isatty())
+    with tqdm(total=chunks, desc=label, unit="chunk", disable=hidden, file=sys.stderr) as bar:
+
+        def show(result: "ChunkResult") -> None:
+            bar.set_postfix_str(f"best score {result.chunk.best.score:.3f}", refresh=False)
+            bar.update()
+
+        return pipe(
+            prompt,
+            frames=frames,
+            seed=asked.seed,
+            height=asked.height,
+            width=asked.width,
+            config=run,
+            rewards=(settings.rewards.short, settings.rewards.long),
+            strict=asked.strict,
+            on_chunk=show,
+        )
+
+
+def save_result(out: "Output", paths: RunPaths, *, overwrite: bool) -> None:
+    """Writes the video, its record and the picture of its search: all three or, at a failure, none."""
+    from streamt1_jax.report import save_search_tree
+    from streamt1_jax.video import write_mp4
+
+    paths.video.parent.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        record, tree, video = (
+            stack.enter_context(atomic_write(path, overwrite=overwrite))
+            for path in (paths.record, paths.tree, paths.video)
+        )
+        write_mp4(video, out.frames, out.fps)
+        write_json(record, {"software": SOFTWARE, **out.info, "trace": out.trace.to_json()})
+        save_search_tree(out.trace, tree)
+
+
+@contextlib.contextmanager
+def _memory_advice(run: RunConfig) -> Iterator[None]:
+    """Turns the device's running out of memory into an error that names two settings to lower."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        search, stream = run.search, run.stream
+        lower = {
+            "search.candidates_per_beam": (
+                search.candidates_per_beam,
+                search.pruning and search.candidates_per_beam > 1,
+            ),
+            "search.beams": (search.beams, search.pruning and search.beams > 1),
+            "search.max_sink_size": (search.max_sink_size, run.appended_chunks > 0),
+            "stream.local_attn_size": (stream.local_attn_size, run.stream.window_chunks > 0),
+        }
+        names = [f"{name} (now {value})" for name, (value, possible) in lower.items() if possible]
+        first, second, *_ = [*names, "generate.height", "generate.width"]
+        raise OutOfMemoryError(f"{_first_line(error)}; lower {first} or {second}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # JAX has renamed this class twice; the status code in its text stays.
+    from_xla = any(cls.__name__ in ("JaxRuntimeError", "XlaRuntimeError") for cls in type(error).__mro__)
+    return isinstance(error, MemoryError) or (from_xla and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def _first_line(error: Exception) -> str:
+    return "out of memory: " + (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _run_convert(args: argparse.Namespace) -> int:
+    with _torch_required():
+        from convert.cli import run_convert
+
+        return run_convert(args)
+
+
+@contextlib.contextmanager
+def _torch_required() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "torch":
+            raise
+        raise StreamT1Error(
+            "PyTorch is not installed, expected it to read PyTorch checkpoints: pip install 'streamt1-jax[torch]'"
+        ) from error
+
+
+def _run_parity(args: argparse.Namespace) -> int:
+    from streamt1_jax.compile_cache import enable_compilation_cache
+    from streamt1_jax.parity import run_parity
+
+    enable_compilation_cache()
+    return run_parity(args.case)

@@ -1,0 +1,116 @@
+"""Video files by PyAV: H.264 in mp4, written whole or not at all.
+
+Colours are BT.709 in limited range and tagged so: without tags players guess from the height, and guess
+differently.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from streamt1_jax.errors import BadInputError
+from streamt1_jax.outputs import SOFTWARE, atomic_write
+
+CRF = 18  # visually lossless in H.264's scale of 0 (exact) to 51
+BT709, LIMITED_RANGE = 1, 1  # in the numbering of H.264, annex E, and of FFmpeg
+
+
+def write_mp4(
+    path: str | Path,
+    frames: UInt8[np.ndarray, "T H W 3"],
+    fps: float | Fraction = 16,
+    *,
+    overwrite: bool = True,
+) -> None:
+    """Writes a video that plays while it loads (index first); `path` appears when it is complete.
+
+    Args:
+        path: in a folder that exists.
+        frames: RGB; H and W even, as 4:2:0 colour needs.
+        fps: frames a second.
+        overwrite: False refuses a `path` that exists, also one that appeared meanwhile.
+
+    Raises:
+        BadInputError: frames that are no video, or a path that cannot be written.
+    """
+    rate = _rate(fps)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise BadInputError(
+            f"frames are {frames.dtype} {list(frames.shape)}, expected uint8 [T, H, W, 3] with nothing empty: "
+            "pass at least one RGB frame"
+        )
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise BadInputError(
+            f"frames are {width}x{height}, expected an even width and height (4:2:0 colour): crop a row or a column"
+        )
+    with atomic_write(path, overwrite=overwrite) as temporary:
+        _encode(temporary, frames, rate)
+
+
+def _rate(fps: float | Fraction) -> Fraction:
+    try:
+        rate = Fraction(fps).limit_denominator(1001)
+    except (TypeError, ValueError, OverflowError):
+        rate = Fraction(0)
+    if isinstance(fps, bool) or not 0 < rate <= 1000:
+        raise BadInputError(
+            f"fps is {fps!r}, expected a number above 0 and up to 1000: 16 is what the models were trained at"
+        )
+    return rate
+
+
+def _encode(path: Path, frames: np.ndarray, rate: Fraction) -> None:
+    import av
+
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        container.metadata["comment"] = SOFTWARE
+        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(CRF)})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        codec.color_range = LIMITED_RANGE
+        for image in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(
+                stream.encode(picture.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED_RANGE))
+            )
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        written = sum(packet.size > 0 for packet in container.demux(video=0))
+    # FFmpeg does not report every write that failed while it moves the index to the front.
+    if written != len(frames):
+        raise OSError(f"{written} of {len(frames)} frames arrived on the disk")
+
+
+def read_video(path: str | Path) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
+    """Every frame of a video file, and its frames a second.
+
+    Raises:
+        BadInputError: no such file, not a video, or a damaged one.
+    """
+    import av
+    from av.error import FFmpegError
+
+    if not Path(path).is_file():
+        raise BadInputError(f"{path} is not a file, expected a video: check the path")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise BadInputError(f"{path} holds no picture, expected a video: check the file")
+            stream = container.streams.video[0]
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            rate, promised = stream.average_rate or stream.guessed_rate, stream.frames
+    except FFmpegError as error:
+        raise BadInputError(
+            f"{path} cannot be read as a video ({error}): check that it plays and is complete"
+        ) from error
+    if not frames or not rate or len(frames) < promised:
+        raise BadInputError(
+            f"{path} holds {len(frames)} of {promised} frames at the rate {rate}, expected a video: check its size"
+        )
+    return np.stack(frames), float(rate)
