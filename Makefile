@@ -6,7 +6,7 @@
 # installs anew only when pyproject.toml has changed.
 
 PYTHON ?= python3
-# A build for CPU alone is smaller; to use one, install it first: .venv/bin/pip install torch --index-url ...
+# A build for CPU alone is smaller: `make .venv/bin/python`, then put it there with .venv/bin/pip before the first test.
 TORCH ?= torch==2.13.0
 
 VENV := .venv
@@ -34,7 +34,6 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and "$(PYTHON) is Python %d.%d, expected 3.11 to 3.13: make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.core: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.sources import Source
+from convert.sources import DictSource, Source
 from streamt1_jax.errors import WeightsError
 
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -87,8 +88,12 @@ class Piece(NamedTuple):
 
 def abstract_params(make: Callable[[], nnx.Module]) -> dict[str, jax.ShapeDtypeStruct]:
     """Dotted path, shape and type of every parameter of the module that `make` would make, without making it."""
-    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return dotted(nnx.state(nnx.eval_shape(make), nnx.Param))
+
+
+def dotted(params: nnx.State) -> dict[str, Any]:
+    """The leaves of a network's parameters by their dotted path."""
+    leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(params))[0]
     return {".".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
 
 
@@ -125,9 +130,7 @@ def _collapse(entries: Iterable[tuple[tuple[str, ...], str]]) -> list[str]:
             layers[template, detail].append(int(distinct.pop()))
         else:
             layers[names, detail].append(-1)
-    return [
-        " -> ".join(names).replace("{}", _ranges(numbers)) + detail for (names, detail), numbers in layers.items()
-    ]
+    return [" -> ".join(names).replace("{}", _ranges(numbers)) + detail for (names, detail), numbers in layers.items()]
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -212,8 +215,8 @@ def plan(
     leaves = {path: _leaf(path, tuple(target[path].shape), claimed[path], problems) for path in sorted(target)}
     if problems:
         raise WeightsError(
-            f"{name}: found {len(problems)} tensors that do not fit, expected every key to fill one parameter and every "
-            f"parameter to be filled: {problems}. Check that this is the format asked for, of the size in its config."
+            f"{name}: found {len(problems)} tensors that do not fit, expected every key to fill one parameter and "
+            f"every parameter to be filled: {problems}. Check the format and its config."
         )
     return Plan(leaves, frozenset(unused))
 
@@ -313,3 +316,29 @@ def convert(plan: Plan, source: Source, dtype: Any) -> Iterator[tuple[str, np.nd
     for path, start, array in convert_pieces(plan, source, dtype, limit=2**63):
         assert start == 0
         yield path, array
+
+
+def build(
+    make: Callable[[], nnx.Module], rules: Sequence[Rule], tensors: Mapping[str, Any], *, name: str = "checkpoint"
+) -> nnx.Module:
+    """The module that `make` would make, filled through a table from tensors in memory, which are few or small.
+
+    Args:
+        make: makes the module; only its structure is used.
+        tensors: a published state dict, NumPy or torch.
+
+    Raises:
+        WeightsError: the tensors do not fit, see `plan`.
+    """
+    source = DictSource(tensors)
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    target = dotted(abstract)
+    (dtype,) = {leaf.dtype for leaf in target.values()}
+    filled = dict(convert(plan(source.shapes, rules, target, name=name), source, dtype))
+
+    def fill(path: tuple[Any, ...], _: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(filled[".".join(str(entry.key) for entry in path)])
+
+    params = nnx.to_pure_dict(abstract)
+    nnx.replace_by_pure_dict(abstract, jax.tree_util.tree_map_with_path(fill, params))
+    return nnx.merge(graphdef, abstract)

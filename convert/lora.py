@@ -86,7 +86,7 @@ def _pair(base: Source, lora: Source) -> dict[str, _Pair]:
                 problems.append(f"+ {module} (wrong shape or rank: B {b} @ A {a} is not {tuple(weight)})")
     if problems or not pairs:
         raise WeightsError(
-            f"LoRA: {len(problems)} problems, expected lora_A [rank, in] and lora_B [out, rank] for weights of the base: "
-            f"{'; '.join(problems) or 'it is empty'}. Check that the LoRA belongs to this base."
+            f"LoRA: {len(problems)} problems, expected lora_A [rank, in] and lora_B [out, rank] for weights of the "
+            f"base: {'; '.join(problems) or 'it is empty'}. Check that the LoRA belongs to this base."
         )
     return pairs

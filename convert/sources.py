@@ -120,7 +120,7 @@ class SafetensorsSource:
         x = np.empty(entry["shape"], _SAFETENSORS_TYPES[entry["dtype"]])
         with self.path.open("rb") as file:
             file.seek(self._start + entry["data_offsets"][0])
-            found = file.readinto(x.reshape(-1).view(np.uint8))
+            found = file.readinto(x.reshape(-1).view(np.uint8).data)
         if found != x.nbytes:
             raise WeightsError(f"{self.path}: found {found} bytes of {key}, expected {x.nbytes}. Download it again.")
         return x
@@ -147,7 +147,9 @@ def _safetensors_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             low, high = entry["data_offsets"]
             known = _SAFETENSORS_TYPES.get(entry["dtype"])
             if low < 0 or (known and high - low != math.prod(entry["shape"]) * known.itemsize):
-                raise WeightsError(f"{path}: the header gives {key} {high - low} bytes for its shape. Download it again.")
+                raise WeightsError(
+                    f"{path}: the header gives {key} {high - low} bytes for its shape. Download it again."
+                )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(broken) from error
     if size != 8 + length + end:
@@ -188,7 +190,8 @@ class ShardedSource:
         ]
         if lost or extra:
             raise WeightsError(
-                f"{index}: expected the shards to hold the keys it lists: {'; '.join(lost + extra)}. Download them again."
+                f"{index}: expected the shards to hold the keys it lists: {'; '.join(lost + extra)}. "
+                "Download them again."
             )
         self._where = where
         self.shapes = {key: self._shards[name].shapes[key] for key, name in where.items()}

@@ -83,7 +83,9 @@ def load_torch(path: Path) -> Any:
             "trust, load it in PyTorch and save it anew."
         )
     if not zipfile.is_zipfile(path):
-        raise WeightsError(f"{path}: found {path.stat().st_size} bytes, expected {_expected_size(path)}. Download it again.")
+        raise WeightsError(
+            f"{path}: found {path.stat().st_size} bytes, expected {_expected_size(path)}. Download it again."
+        )
     try:
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
@@ -94,7 +96,9 @@ def load_torch(path: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path}: {path.stat().st_size} bytes, not readable by torch.load: {first} Download it again.") from error
+        raise WeightsError(
+            f"{path}: {path.stat().st_size} bytes, not readable by torch.load: {first} Download it again."
+        ) from error
 
 
 class _Inert(dict):
@@ -161,13 +165,15 @@ def _state_dict(loaded: Any, path: Path, key: str) -> dict[str, Any]:
     odd = [f"{name} ({type(x).__name__})" for name, x in loaded.items() if not isinstance(x, torch.Tensor)]
     if odd or not loaded:
         raise WeightsError(
-            f"{where}: holds {', '.join(odd) or 'nothing'} instead of tensors, expected a state dict. Check that this is "
-            "the checkpoint of this network."
+            f"{where}: holds {', '.join(odd) or 'nothing'} instead of tensors, expected a state dict. "
+            "Check that this is the checkpoint of this network."
         )
     tensors = {_unwrapped(name): x for name, x in loaded.items()}
     if len(tensors) < len(loaded):
         twice = sorted({name for name in loaded if name not in tensors and _unwrapped(name) in loaded})
-        raise WeightsError(f"{where}: the same parameter with and without a wrapper's name: {', '.join(twice)}. Check the file.")
+        raise WeightsError(
+            f"{where}: the same parameter with and without a wrapper's name: {', '.join(twice)}. Check the file."
+        )
     return tensors
 
 
@@ -189,7 +195,9 @@ def select_generator(ema: bool | None) -> Select:
         ema: True takes `generator_ema`, False the weights as trained (`generator` or `model`), None the averaged
             ones where the file has them, as the published inference commands of Self-Forcing do.
     """
-    order = {None: ("generator_ema", "generator", "model"), True: ("generator_ema",), False: ("generator", "model")}[ema]
+    order = {None: ("generator_ema", "generator", "model"), True: ("generator_ema",), False: ("generator", "model")}[
+        ema
+    ]
 
     def select(loaded: Any, path: Path) -> Selected:
         nested = _nested(loaded, path)

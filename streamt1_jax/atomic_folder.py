@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -38,8 +39,8 @@ def atomic_folder(
         BadInputError: something stands at `out` that may not be replaced, or the disk is full or read-only.
     """
     out = Path(os.path.abspath(out))
-    _check_place(out, overwrite, is_ours)
-    with _disk_errors(out, (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)):
+    check_place(out, overwrite=overwrite, is_ours=is_ours)
+    with _disk_errors(out, (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)):
         out.parent.mkdir(parents=True, exist_ok=True)
         sweep(out.parent)
         _check_room(out, needed_bytes)
@@ -49,7 +50,7 @@ def atomic_folder(
         try:
             yield partial
             _sync(partial)
-            _check_place(out, overwrite, is_ours)
+            check_place(out, overwrite=overwrite, is_ours=is_ours)
             _move_in(partial, out)
         except BaseException:
             if partial.exists():
@@ -79,15 +80,14 @@ def sweep(parent: Path) -> list[Path]:
     return found
 
 
-def _check_place(out: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
+def check_place(out: Path, *, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Raises `BadInputError` where `atomic_folder` would, if something stands at `out`."""
     if out.is_symlink():
         raise BadInputError(f"{out} is a link, expected a new folder. Give the folder it points to, or another name.")
     if not out.exists():
         return
     if not out.is_dir() or not is_ours(out):
-        raise BadInputError(
-            f"{out} exists and was not made by this program, expected a new folder. Give another name."
-        )
+        raise BadInputError(f"{out} exists and was not made by this program, expected a new folder. Give another name.")
     if not overwrite:
         raise BadInputError(f"{out} exists, expected a new folder. Give another name, or --overwrite to replace it.")
 
@@ -166,10 +166,9 @@ def _remove(folder: Path) -> None:
 
 def _sync(folder: Path) -> None:
     """Brings every file and folder below to disk: a rename must not outlive what it renames."""
-    for path, _, files in os.walk(folder):
-        for name in files:
-            _sync_entry(Path(path) / name)
-        _sync_entry(Path(path))
+    with ThreadPoolExecutor() as pool:  # Many small waits for the disk.
+        for _ in pool.map(_sync_entry, [folder, *folder.rglob("*")]):
+            pass
 
 
 def _sync_entry(path: Path) -> None:

@@ -33,11 +33,11 @@ EMPTY = -1
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    k: Float[Array, "L slots t N D"]  # keys, rotated at the absolute position of their own frames
-    v: Float[Array, "L slots t N D"]  # values
-    start: Int[Array, " slots"]  # first latent frame of the chunk in each slot, or EMPTY
-    route: Int[Array, " slots"]  # the Route its flags chose, for the chunks in the window
-    appended: Int[Array, ""]  # sinks appended so far
+    k: Float[Array, "*B L slots t N D"]  # keys, rotated at the absolute position of their own frames
+    v: Float[Array, "*B L slots t N D"]  # values
+    start: Int[Array, "*B slots"]  # first latent frame of the chunk in each slot, or EMPTY
+    route: Int[Array, "*B slots"]  # the Route its flags chose, for the chunks in the window
+    appended: Int[Array, "*B"]  # sinks appended so far
     newest_sink: KV | None  # the newest sink chunk in float32, the only one that can still change; None without sinking
 
 
@@ -66,7 +66,9 @@ def past_of(cache: Cache, chunk: Count, config: RunConfig) -> Past:
     return Past(flat, (filled + cache.appended) * tokens)
 
 
-def commit(cache: Cache, kv: KV, chunk: Count, route: Int[Array, ""], config: RunConfig) -> tuple[Cache, Evicted]:
+def commit_chunk(
+    cache: Cache, kv: KV, *, chunk: Count, route: Int[Array, ""], config: RunConfig
+) -> tuple[Cache, Evicted]:
     """Stores a finished chunk; routes the chunk that it pushes out of the window.
 
     Args:
@@ -132,6 +134,6 @@ def _route(cache: Cache, leaving: KV, leaving_start, wanted, config: RunConfig) 
     target = jnp.where(appends, fixed + cache.appended, jnp.where(merges, newest_slot, config.cache_slots))
     target_start = jnp.where(appends, leaving_start, cache.start[newest_slot])
     cache = _store(cache, newest, target, target_start, Route.NONE)
-    cache = dataclasses.replace(cache, newest_sink=newest, appended=cache.appended + appends)
+    cache = dataclasses.replace(cache, newest_sink=newest, appended=cache.appended + appends.astype(jnp.int32))
     taken = jnp.where(appends, Route.APPEND, jnp.where(merges, Route.EMA, wanted))
     return cache, taken

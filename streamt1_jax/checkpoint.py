@@ -8,6 +8,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from streamt1_jax.atomic_folder import MARKER, atomic_folder
+from streamt1_jax.atomic_folder import MARKER, atomic_folder, check_place
 from streamt1_jax.config import DiTConfig, ModelConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import WeightsError
 from streamt1_jax.params_store import ShardWriter, read_shards
@@ -31,28 +32,26 @@ FORMAT, FORMAT_VERSION = "streamt1-checkpoint", 1
 NETWORKS = ("dit", "vae", "text")
 
 
-def abstract_network(config: ModelConfig, network: str, dtype: Any) -> nnx.Module:
-    """One of `NETWORKS` with shapes in place of arrays: no memory is used.
-
-    `graphdef, params = nnx.split(abstract_network(...))` gives what `load_params` fills.
-    """
-
-    def make() -> nnx.Module:
-        rngs = nnx.Rngs(0)
-        if network == "dit":
-            from streamt1_jax.models.dit import CausalWanDiT
-
-            return CausalWanDiT(config.dit, dtype=dtype, rngs=rngs)
-        if network == "vae":
-            from streamt1_jax.models.vae import WanVAE
-
-            return WanVAE(config.vae, dtype=dtype, rngs=rngs)
-        from streamt1_jax.models.umt5 import UMT5Encoder
-
-        return UMT5Encoder(config.text, dtype=dtype, rngs=rngs)
-
+def _make_network(config: ModelConfig, network: str, dtype: Any) -> nnx.Module:
     assert network in NETWORKS, f"{network!r} is none of {NETWORKS}"
-    return nnx.eval_shape(make)
+    rngs = nnx.Rngs(0)
+    if network == "dit":
+        from streamt1_jax.models.dit import CausalWanDiT
+
+        return CausalWanDiT(config.dit, dtype=dtype, rngs=rngs)
+    if network == "vae":
+        from streamt1_jax.models.vae import WanVAE
+
+        return WanVAE(config.vae, dtype=dtype, rngs=rngs)
+    from streamt1_jax.models.umt5 import UMT5Encoder
+
+    return UMT5Encoder(config.text, dtype=dtype, rngs=rngs)
+
+
+@functools.cache
+def network_graph(config: ModelConfig, network: str, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    """(graph, abstract parameters) of one of `NETWORKS`; no memory is taken. `load_params` fills the second."""
+    return nnx.split(nnx.eval_shape(functools.partial(_make_network, config, network, dtype)))
 
 
 class CheckpointWriter:
@@ -101,7 +100,7 @@ class CheckpointWriter:
             "files": entries,
         }
         _write_json(self._folder / "manifest.json", manifest)
-        (self._folder / "manifest.sha256").write_text(file_sha256(self._folder / "manifest.json") + "\n")
+        (self._folder / "manifest.sha256").write_bytes(_seal(file_sha256(self._folder / "manifest.json")))
 
 
 @contextlib.contextmanager
@@ -132,6 +131,11 @@ def write_checkpoint(
         writer.finish(config, origin)
 
 
+def check_output(out: Path | str, *, overwrite: bool = False) -> None:
+    """Raises `BadInputError` where `write_checkpoint` would, if something stands at `out`: before a long download."""
+    check_place(Path(out), overwrite=overwrite, is_ours=is_checkpoint)
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a converted checkpoint by its manifest; nothing is verified."""
     try:
@@ -146,6 +150,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _seal(sha256: str) -> bytes:
+    """What `manifest.sha256` holds, to the byte: it is compared as it is."""
+    return f"{sha256}\n".encode()
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
@@ -154,13 +163,13 @@ def _write_json(path: Path, value: Any) -> None:
 class Checkpoint:
     """A verified folder: its sizes, its manifest, and where it is."""
 
-    folder: Path
+    dir: Path
     config: ModelConfig
     manifest: dict[str, Any]
 
     @property
-    def tokenizer_folder(self) -> Path:
-        return self.folder / "tokenizer"
+    def tokenizer_dir(self) -> Path:
+        return self.dir / "tokenizer"
 
 
 def load_checkpoint(folder: Path | str) -> Checkpoint:
@@ -199,12 +208,10 @@ def _how_to(out: Path) -> str:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path, seal = folder / "manifest.json", folder / "manifest.sha256"
-    found, expected = (
-        file_sha256(path),
-        seal.read_text().strip() if seal.is_file() else "manifest.sha256, which is missing",
-    )
-    if found != expected:
-        raise WeightsError(f"{path}: sha256 is {found}, expected {expected}. Convert the weights again.")
+    found = file_sha256(path)
+    expected = seal.read_bytes() if seal.is_file() else b"nothing: it is missing"
+    if expected != _seal(found):
+        raise WeightsError(f"{path}: sha256 is {found}, {seal.name} says {expected!r}. Convert the weights again.")
     manifest = json.loads(path.read_text())
     came = (manifest.get("format"), manifest.get("version"))
     if came != (FORMAT, FORMAT_VERSION):
@@ -244,20 +251,18 @@ def load_params(checkpoint: Checkpoint, network: str, dtype: Any = None) -> nnx.
         dtype: the type to cast to; None keeps the stored one.
 
     Returns:
-        The state that `nnx.split(abstract_network(config, network, dtype))` has, with arrays.
+        The abstract parameters of `network_graph(config, network, dtype)`, with arrays.
 
     Raises:
         WeightsError: names, shapes or types are not the network's; one error lists them all.
     """
     entry = checkpoint.manifest["networks"].get(network)
     if entry is None:
-        raise WeightsError(
-            f"{checkpoint.folder}: holds no {network!r}, expected {NETWORKS}. Convert the weights again."
-        )
+        raise WeightsError(f"{checkpoint.dir}: holds no {network!r}, expected {NETWORKS}. Convert the weights again.")
     dtype = jnp.dtype(entry["dtype"] if dtype is None else dtype)
-    expected = nnx.to_flat_state(nnx.state(abstract_network(checkpoint.config, network, dtype)))
-    _check_leaves(f"{checkpoint.folder}, {network}", entry["leaves"], expected)
-    arrays = dict(read_shards(checkpoint.folder / network, entry, dtype))
+    expected = nnx.to_flat_state(network_graph(checkpoint.config, network, dtype)[1])
+    _check_leaves(f"{checkpoint.dir}, {network}", entry["leaves"], expected)
+    arrays = dict(read_shards(checkpoint.dir / network, entry, dtype))
     return nnx.from_flat_state([(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in expected])
 
 

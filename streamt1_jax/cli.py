@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from streamt1_jax.config import RunConfig
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, StreamT1Error
-from streamt1_jax.outputs import SOFTWARE, RunPaths, atomic_write, folder_outputs, single_output, write_json
+from streamt1_jax.outputs import (
+    SOFTWARE,
+    RunPaths,
+    atomic_write,
+    folder_outputs,
+    make_folder,
+    single_output,
+    write_json,
+)
 from streamt1_jax.settings import Settings, chunks_of, load_settings
 
 if TYPE_CHECKING:
@@ -164,9 +172,11 @@ def _check_rewards(settings: Settings) -> None:
     """Refuses names that mean nothing. A user's own reward may be a big model, so the pipeline makes it, once."""
     from streamt1_jax.rewards import PromptTable, resolve
 
-    for role, name in (("short", settings.rewards.short), ("long", settings.rewards.long)):
-        if ":" not in name:
-            resolve(name, role, PromptTable())
+    names = settings.rewards
+    if ":" not in names.short:
+        resolve(names.short, "short", PromptTable())
+    if ":" not in names.long:
+        resolve(names.long, "long", PromptTable())
 
 
 @dataclass(frozen=True)
@@ -226,7 +236,7 @@ def save_result(out: "Output", paths: RunPaths, *, overwrite: bool) -> None:
     from streamt1_jax.report import save_search_tree
     from streamt1_jax.video import write_mp4
 
-    paths.video.parent.mkdir(exist_ok=True)
+    make_folder(paths.video.parent)
     with contextlib.ExitStack() as stack:
         record, tree, video = (
             stack.enter_context(atomic_write(path, overwrite=overwrite))

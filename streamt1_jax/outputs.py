@@ -60,9 +60,9 @@ def folder_outputs(out: str | Path, prompts: Sequence[str], *, overwrite: bool =
     Names are an index and a hash, never text of a prompt: `0003-1a2b3c4d.mp4` belongs to the fourth prompt.
     """
     folder = Path(out)
-    exists = os.path.exists(folder)
-    if exists and not folder.is_dir():
-        raise BadInputError(f"the output {str(folder)!r} is a file, expected a folder for many prompts: name another")
+    exists = os.path.lexists(folder)
+    if exists and not os.path.isdir(folder):
+        raise BadInputError(f"the output {str(folder)!r} is no folder, expected one for many prompts: name another")
     _check_folder(folder if exists else folder.parent)
     names = (
         f"{index:04d}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}.mp4" for index, prompt in enumerate(prompts)
@@ -71,6 +71,14 @@ def folder_outputs(out: str | Path, prompts: Sequence[str], *, overwrite: bool =
     for paths in outputs:
         _check_files(paths, overwrite)
     return outputs
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the last part of a path, if it is not there."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _write_error(folder, error) from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -35,7 +35,7 @@ class _Digest:
     def update(self, array: np.ndarray) -> None:
         assert (array.dtype, array.shape[1:]) == (self.dtype, self.row_shape), "pieces of one parameter differ"
         self.rows += len(array)
-        self._sha256.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        self._sha256.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def line(self, path: str) -> str:
         return f"{path} {self.dtype.name} {[self.rows, *self.row_shape]} {self._sha256.hexdigest()}\n"

@@ -5,8 +5,8 @@ hold: a whole Stream-T1 run, one forward with a LoRA, the VAE, and the text enco
 """
 
 import dataclasses
+import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +60,17 @@ def replay(path: str | Path) -> list[Comparison]:
         WeightsError: its weights do not fit its sizes.
     """
     tensors, sizes = _read_case(Path(path))
-    for key, kind in (("candidates", _replay_search), ("rank", _replay_lora)):
-        if key in sizes:
-            return list(kind(tensors, sizes))
-    for key, kind in (("video_unclamped", _replay_vae), ("hidden", _replay_umt5)):
-        if key in tensors:
-            return list(kind(tensors))
+    try:
+        for key, kind in (("candidates", _replay_search), ("rank", _replay_lora)):
+            if key in sizes:
+                return list(kind(tensors, sizes))
+        for key, kind in (("video_unclamped", _replay_vae), ("hidden", _replay_umt5)):
+            if key in tensors:
+                return list(kind(tensors))
+    except KeyError as error:
+        raise BadInputError(
+            f"{path} lacks {error}, expected a whole recorded case: copy both its files again"
+        ) from error
     raise BadInputError(
         f"{path} holds {sorted({key.split('.')[0] for key in tensors})}, expected a recorded Stream-T1 run, LoRA, "
         "VAE or text encoder: see golden/README.md for the format, and keep its .json file beside it"
@@ -96,6 +101,8 @@ def _read_case(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors = load_file(path)
         notes = path.with_suffix(".json")
         sizes = json.loads(notes.read_text()) if notes.is_file() else {}
+        if not isinstance(sizes, dict):
+            raise ValueError(f"{notes} holds a {type(sizes).__name__}, not an object")
     except (SafetensorError, ValueError) as error:
         raise BadInputError(f"{path} cannot be read ({error}), expected safetensors and JSON: copy it again") from error
     return tensors, sizes
@@ -169,7 +176,8 @@ def _replay_search(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Ite
     yield close("denoising steps", steps, tensors["denoising_steps_warped"], 1e-3)
     yield from _compare_candidates(trace, sizes["candidates"])
     histories = [[c.seed for c in trace.history(beam)] for beam in range(len(latents))]
-    yield equal("kept beams' seeds", sum(histories, []), sum(sizes["history_seeds"], []))
+    flat = (list(itertools.chain(*seeds)) for seeds in (histories, sizes["history_seeds"]))
+    yield equal("kept beams' seeds", *flat)
     last = [trace.chunks[-1].kept(beam).score for beam in range(len(latents))]
     yield close("kept beams' scores", last, sizes["final_scores"], SCORE_TOLERANCE)
     for beam, ours in enumerate(latents):
@@ -237,7 +245,8 @@ def _replay_lora(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Itera
     merged = {key: source.read(key) for key in source.shapes}
     recorded = _under(tensors, "merged.")
     yield equal("names of merged weights", sorted(merged), sorted(recorded))
-    yield close("merged weights", *(np.concatenate([w[k].ravel() for k in sorted(recorded)]) for w in (merged, recorded)), 1e-6)
+    flat = (np.concatenate([weights[key].ravel() for key in sorted(recorded)]) for weights in (merged, recorded))
+    yield close("merged weights", *flat, 1e-6)
 
     model = _build(lambda: CausalWanDiT(config, rngs=nnx.Rngs(0)), longlive_dit_rules(), merged, "dit")
     x, timestep = tensors["x"][0], tensors["timestep"]
@@ -256,33 +265,39 @@ def _replay_lora(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Itera
     frames, _, height, width = x.shape
     angles = rope_angles(jnp.int32(0), frames, height // 2, width // 2, config.head_dim)
     for layer in range(config.num_layers):  # recorded before rotation
-        yield close(f"keys of layer {layer}", kv.k[layer], rotate(tensors[f"kv{layer}.k"][0], angles), LATENT_TOLERANCE)
+        yield close(
+            f"keys of layer {layer}",
+            kv.k[layer],
+            rotate(jnp.asarray(tensors[f"kv{layer}.k"][0]), angles),
+            LATENT_TOLERANCE,
+        )
         yield close(f"values of layer {layer}", kv.v[layer], tensors[f"kv{layer}.v"][0], LATENT_TOLERANCE)
 
 
 def _replay_vae(tensors: dict[str, np.ndarray]) -> Iterator[Comparison]:
-    from convert.recipes import infer_vae_config
+    from convert.sizes import wan_vae_config
     from convert.vae_table import wan_vae_rules
     from streamt1_jax.models.vae import WanVAE
 
     weights = _under(tensors, "vae.")
-    config = infer_vae_config({key: x.shape for key, x in weights.items()})
+    config = wan_vae_config({key: x.shape for key, x in weights.items()})
     vae = _build(lambda: WanVAE(config, rngs=nnx.Rngs(0)), wan_vae_rules(config), weights, "vae")
     video = tensors["pixels"][0].transpose(1, 2, 3, 0)
     yield close("encoded latents", jax.jit(vae.encoder.encode)(video), tensors["encoded"][0], LATENT_TOLERANCE)
-    decoded = jax.jit(vae.decoder.decode)(tensors["latents"][0])
-    recorded = tensors["video"][0].transpose(0, 2, 3, 1)
-    yield close("decoded video", decoded, recorded, LATENT_TOLERANCE)
+    decoded = 2.0 * jax.jit(vae.decoder.decode)(tensors["latents"][0]) - 1.0  # recorded in [-1, 1]
+    yield close("decoded video", decoded, tensors["video"][0].transpose(0, 2, 3, 1), LATENT_TOLERANCE)
 
 
 def _replay_umt5(tensors: dict[str, np.ndarray]) -> Iterator[Comparison]:
-    from convert.recipes import infer_umt5_config
+    from convert.sizes import wan_umt5_config
     from convert.umt5_table import wan_umt5_rules
     from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt
 
     weights = _under(tensors, "t5.")
-    config = infer_umt5_config({key: x.shape for key, x in weights.items()})
-    encoder = _build(lambda: UMT5Encoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), wan_umt5_rules(), weights, "text")
+    config = wan_umt5_config({key: x.shape for key, x in weights.items()})
+    encoder = _build(
+        lambda: UMT5Encoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), wan_umt5_rules(), weights, "text"
+    )
     ids, mask = tensors["ids"], tensors["mask"]
     hidden = jax.jit(jax.vmap(encoder))(ids, mask)
     yield close("hidden states", hidden, tensors["hidden"], LATENT_TOLERANCE)

@@ -33,7 +33,7 @@ class GenerateConfig:
     seconds: float | None = None
     frames: int | None = None  # pixel frames, a legal count
     seed: int = 42
-    height: int | None = None  # pixels; None: the size the weights were trained at
+    height: int | None = None  # pixels; None: the size the weights were made for
     width: int | None = None
     strict: bool = False  # a prompt that is too long is an error, not a warning
 
@@ -73,8 +73,6 @@ SECTIONS: dict[str, type] = {
 KEYS: dict[str, Any] = {  # "section.key": the type of its value
     f"{section}.{key}": hint for section, cls in SECTIONS.items() for key, hint in typing.get_type_hints(cls).items()
 }
-# Their own checks say more than "wrong type" does: the legal neighbours of an illegal value.
-CHECKED_BY_VALUE = {f"generate.{key}" for key in ("seconds", "frames", "seed", "height", "width")}
 
 
 def load_settings(config_file: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
@@ -161,10 +159,26 @@ def _checked(key: str, value: Any) -> tuple[str, str, Any]:
     hint = _hint_of(key)
     if isinstance(value, list):
         value = tuple(value)
-    if key not in CHECKED_BY_VALUE and not _fits(value, hint):
-        raise _wrong_type(key, value)
+    if not _fits(value, hint):
+        _refuse(key, value)
     section, _, name = key.partition(".")
     return section, name, value
+
+
+def _refuse(key: str, value: Any) -> typing.NoReturn:
+    """Raises the error that says most about a value of the wrong type: where there is one, the nearest legal value."""
+    match key:
+        case "generate.seed":
+            check_seed(value)
+        case "generate.frames":
+            legal_frames(frames=value)
+        case "generate.seconds":
+            legal_frames(seconds=value)
+        case "generate.height":
+            check_size(value, None)
+        case "generate.width":
+            check_size(None, value)
+    raise _wrong_type(key, value)
 
 
 def _wrong_type(key: str, value: Any) -> BadInputError:
@@ -285,7 +299,7 @@ def check_size(height: Any, width: Any, *, multiple: int = 16, trained: tuple[in
 
     Args:
         multiple: pixels of one DiT patch: 8 to a latent pixel, times 2.
-        trained: (height, width) of the weights; another size warns.
+        trained: (height, width) that the weights were made for; another size warns.
 
     Raises:
         BadInputError: names the nearest legal size.
@@ -300,7 +314,7 @@ def check_size(height: Any, width: Any, *, multiple: int = 16, trained: tuple[in
         )
     if trained and (asked := (height or trained[0], width or trained[1])) != trained:
         warnings.warn(
-            f"the size {asked[1]}x{asked[0]} is not the {trained[1]}x{trained[0]} that the weights were trained at: "
+            f"the size {asked[1]}x{asked[0]} is not the {trained[1]}x{trained[0]} that the weights were made for: "
             "expect a worse picture",
             stacklevel=2,
         )

@@ -19,9 +19,9 @@ class Route(IntEnum):
 
 def sink_flags(
     short: Float[Array, "*n"],
-    short_mean: Float[Array, "*n"],
+    short_mean: Float[Array, "*#n"],
     long: Float[Array, "*n"],
-    previous_long: Float[Array, "*n"],
+    previous_long: Float[Array, "*#n"],
     search: SearchConfig,
 ) -> tuple[Bool[Array, "*n"], Bool[Array, "*n"]]:
     """(EMA, APPEND) of a scored chunk after the first, from the rewards of its own beam's history.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8, UInt32, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped, UInt8, UInt32
 
 from streamt1_jax.cache import Cache
 
@@ -16,7 +16,7 @@ class Beam:
 
     cache: Cache  # keys and values of past chunks
     decoder: PyTree  # the VAE decoder's streaming state
-    window: Shaped[Array, "..."]  # what the long score looks back on: frames [cap, H, W, 3] or chunks [W, f, C, h, w]
+    window: Shaped[Array, "..."]  # what the long score sees: frames [cap, H, W, 3] or latents [chunks, f, C, h, w]
     noise: Float[Array, "*B f C h w"]  # the initial noise its last chunk started from
     seed: UInt32[Array, "*B"]  # the seed its last chunk used
     short_sum: Float[Array, "*B"]  # sum of the short scores of all its chunks

@@ -1,8 +1,8 @@
-"""The streaming search: `step` = propose, score, select, commit; and its two drivers (SPEC sections 3 to 6).
+"""The streaming search: `step` = propose, watch, judge, select, recall, commit; and its drivers (SPEC sections 3 to 6).
 
 - `step` is pure. `rollout` runs it under `jax.lax.scan`, one program for a whole video; `stream_chunks` runs the same
   function chunk by chunk from Python.
-- Everything is written for one candidate; `propose` and `score` are where the [B, K] axes appear.
+- Networks are written for one candidate; the axes [B, K] appear here, and in `window.py` for the decoder.
 - Chunk 0 is the same function with `first=True`: it has fewer pixel frames, no past and no noise prior.
 """
 
@@ -15,17 +15,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped, UInt8, UInt32
 
-from streamt1_jax.cache import Cache, Evicted, commit, empty_cache, past_of
+from streamt1_jax.cache import commit_chunk, empty_cache, past_of
 from streamt1_jax.config import RunConfig
 from streamt1_jax.generator import Conditioning, Generator
+from streamt1_jax.models.dit import KV
 from streamt1_jax.noise import NoiseFn, first_seeds, next_seeds, propagate
 from streamt1_jax.pruning import fuse, fusion_weight, keep_best
-from streamt1_jax.rewards.base import Reward, Verdict
+from streamt1_jax.rewards.base import OK, Reward, Verdict
 from streamt1_jax.sink import flags_to_route, sink_flags
 from streamt1_jax.state import Beam, ChunkRecord, StreamState
-from streamt1_jax.window import RedecodedWindow, StreamingWindow, make_window, to_pixels
+from streamt1_jax.types import Count
+from streamt1_jax.window import RedecodedWindow, Seen, StreamingWindow, make_window, to_pixels
 
 THUMBNAIL_WIDTH = 96  # pixels, at most about this
 
@@ -46,24 +48,38 @@ class Search:
 
 
 class Candidates(NamedTuple):
-    """What `propose` makes and `score` adds to; every leaf [B, K, ...]."""
+    """What `propose` makes."""
 
     seed: UInt32[Array, "B K"]
-    noise: Float[Array, "B K f C h w"]
-    latents: Float[Array, "B K f C h w"]
+    noise: Float[Array, "B K f C h w"]  # what denoising started from
+    latents: Float[Array, "B K f C h w"]  # the clean chunk
 
 
 class Scores(NamedTuple):
-    """Every leaf [B, K, ...] but alpha."""
+    """What `judge` says."""
 
     short: Float[Array, "B K"]
     long: Float[Array, "B K"]
     fused: Float[Array, "B K"]
     alpha: Float[Array, ""]
+    ema: Bool[Array, "B K"]
+    append: Bool[Array, "B K"]
+    usable: Bool[Array, "B K"]  # latents and score are finite
     failed: Bool[Array, "B K"]  # a reward raised
-    frames: Float[Array, "B K T H W 3"]  # as the short reward saw them, in [0, 1]
-    window: PyTree  # the candidate's next `Beam.window`
-    decoder: PyTree | None  # its next `Beam.decoder`; None where `frames` did not come from its parent's
+
+
+class Winners(NamedTuple):
+    """What `select` keeps, best first; every leaf [B, ...]."""
+
+    index: Int[Array, " B"]  # beam * K + candidate
+    parent: Beam
+    candidate: Candidates
+    short: Float[Array, " B"]
+    long: Float[Array, " B"]
+    route: Int[Array, " B"]  # the Route for when the chunk leaves the window
+    frames: Float[Array, "B T H W 3"]  # as the short reward saw them
+    window: PyTree  # next `Beam.window`
+    decoder: PyTree | None  # next `Beam.decoder`, where watching has advanced it
 
 
 def init_state(search: Search, seed: int, total_chunks: int) -> StreamState:
@@ -103,11 +119,11 @@ def step(
         first: whether this is chunk 0; must agree with `state.chunk`.
     """
     candidates = propose(search, params, conditioning, state, first=first)
-    scores = score(search, params, conditioning, state, candidates, first=first)
-    usable = jnp.isfinite(scores.fused) & jnp.isfinite(candidates.latents).all(axis=(2, 3, 4, 5))
-    with jax.named_scope("select"):
-        kept = keep_best(scores.fused, usable, candidates.seed.shape[0])
-    return advance(search, params, conditioning, state, candidates, scores, usable, kept, first=first)
+    seen = watch(search, params, state, candidates, first=first)
+    scores = judge(search, conditioning, state, candidates, seen, first=first)
+    winners = select(state, candidates, seen, scores)
+    kv = recall(search, params, conditioning, state, winners, first=first)
+    return commit(search, params, state, candidates, seen, scores, winners, kv, first=first)
 
 
 def propose(
@@ -141,131 +157,129 @@ def propose(
         return Candidates(seeds, noise, latents)
 
 
-def score(
-    search: Search,
-    params: PyTree,
-    conditioning: Conditioning,
-    state: StreamState,
-    candidates: Candidates,
-    *,
-    first: bool,
+def watch(search: Search, params: PyTree, state: StreamState, candidates: Candidates, *, first: bool) -> Seen:
+    """Decodes every candidate, from its parent's decoder state or from a fresh one (`window.py`)."""
+    with jax.named_scope("watch"):
+        return search.window.see(params, state, candidates.latents, first=first)
+
+
+def judge(
+    search: Search, conditioning: Conditioning, state: StreamState, candidates: Candidates, seen: Seen, *, first: bool
 ) -> Scores:
-    """Decodes every candidate, asks both rewards, fuses what they say (SPEC section 5)."""
-    with jax.named_scope("score"):
-        beams, count = candidates.seed.shape
-        seen = search.window.see(params, state, candidates.latents, first=first)
-
-        def judge(reward: Reward, video, valid):
-            video = video.reshape(beams * count, *video.shape[2:])
-            verdict = reward.call(video, jnp.full((beams * count,), valid, jnp.int32), conditioning.prompt_index)
-            return verdict.scores.reshape(beams, count), (verdict.status != 0).reshape(beams, count)
-
-        short, short_failed = judge(search.short, to_pixels(seen.chunk, search.short.pixels), seen.chunk.shape[2])
-        long, long_failed = judge(search.long, to_pixels(seen.long, search.long.pixels), seen.long_valid)
+    """Asks both rewards and fuses what they say; fixes the flags for the day of eviction (SPEC sections 5 and 6)."""
+    with jax.named_scope("judge"):
+        short, short_failed = _ask(search.short, seen.chunk, seen.chunk.shape[2], conditioning)
+        long, long_failed = _ask(search.long, seen.long, seen.long_valid, conditioning)
         f = search.config.stream.latent_frames_per_chunk
         alpha = fusion_weight(state.chunk * f, state.total_frames, f, search.config.search.short_score_fusion_cap)
-        return Scores(
-            short=short,
-            long=long,
-            fused=fuse(short, long, alpha),
-            alpha=alpha,
-            failed=short_failed | long_failed,
-            frames=seen.chunk,
-            window=seen.window,
-            decoder=seen.decoder,
-        )
+        fused = fuse(short, long, alpha)
+        usable = jnp.isfinite(fused) & jnp.isfinite(candidates.latents).all(axis=(2, 3, 4, 5))
+        ema, append = _flags(search, state, short, long, first=first)
+        return Scores(short, long, fused, alpha, ema, append, usable, short_failed | long_failed)
 
 
-def advance(
+def _ask(
+    reward: Reward, video: Shaped[Array, "B K T H W 3"], valid: int | Count, conditioning: Conditioning
+) -> tuple[Float[Array, "B K"], Bool[Array, "B K"]]:
+    """(scores, failed) of all candidates in one call."""
+    beams, count, *rest = video.shape
+    n = beams * count
+    flat = to_pixels(video, reward.pixels).reshape(n, *rest)
+    verdict = reward.call(flat, jnp.full((n,), valid, jnp.int32), conditioning.prompt_index)
+    return verdict.scores.reshape(beams, count), (verdict.status != OK).reshape(beams, count)
+
+
+def select(state: StreamState, candidates: Candidates, seen: Seen, scores: Scores) -> Winners:
+    """The best B of all B * K candidates, each beside the beam that it continues."""
+    with jax.named_scope("select"):
+        beams, count = candidates.seed.shape
+        kept = keep_best(scores.fused, scores.usable, beams)
+        of_candidate = (candidates, scores.short, scores.long, flags_to_route(scores.ema, scores.append))
+        of_candidate += (seen.chunk, seen.window, seen.decoder)
+        won = jax.tree.map(lambda x: x.reshape(beams * count, *x.shape[2:])[kept], of_candidate)
+        parent = jax.tree.map(lambda x: x[kept // count], state.beams)
+        return Winners(kept, parent, *won)
+
+
+def recall(
+    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, winners: Winners, *, first: bool
+) -> KV:
+    """The context pass of the kept chunks: what later chunks will see of them, [B, L, t, N, D] (SPEC section 3)."""
+    with jax.named_scope("recall"):
+        start = state.chunk * search.config.stream.latent_frames_per_chunk
+
+        def of_beam(latents, cache):
+            past = None if first else past_of(cache, state.chunk, search.config)
+            return search.generator.context(params, conditioning, latents, past, start)
+
+        return jax.vmap(of_beam)(winners.candidate.latents, winners.parent.cache)
+
+
+def commit(
     search: Search,
     params: PyTree,
-    conditioning: Conditioning,
     state: StreamState,
     candidates: Candidates,
+    seen: Seen,
     scores: Scores,
-    usable: Bool[Array, "B K"],
-    kept: Int[Array, " B"],
+    winners: Winners,
+    kv: KV,
     *,
     first: bool,
 ) -> tuple[StreamState, ChunkRecord]:
-    """Makes the kept candidates the beams: their chunks go into the caches, what leaves is routed (SPEC section 6)."""
+    """Makes the winners the beams: their chunks go into the caches, what leaves is routed (SPEC section 6)."""
     with jax.named_scope("commit"):
-        ema, append = _flags(search, state, scores, first=first)
-        of_candidates = {
-            "noise": candidates.noise,
-            "latents": candidates.latents,
-            "seed": candidates.seed,
-            "short": scores.short,
-            "long": scores.long,
-            "window": scores.window,
-            "route": flags_to_route(ema, append),
-            "decoder": scores.decoder,
-            "frames": scores.frames,
-        }
-        won = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[kept], of_candidates)
-        parents = jax.tree.map(lambda x: x[kept // candidates.seed.shape[1]], state.beams)
-
-        cache, evicted = _remember(search, params, conditioning, state, won, parents, first=first)
-        frames, decoder = won["frames"], won["decoder"]
+        parent = winners.parent
+        store = functools.partial(commit_chunk, chunk=state.chunk, config=search.config)
+        cache, evicted = jax.vmap(lambda cache, kv, route: store(cache, kv, route=route))(
+            parent.cache, kv, winners.route
+        )
+        frames, decoder = winners.frames, winners.decoder
         if decoder is None:  # The rewards saw another decode than the viewer will.
             decode = functools.partial(search.generator.decode, params, first=first)
-            frames, decoder = jax.vmap(decode)(parents.decoder, won["latents"])
-
+            frames, decoder = jax.vmap(decode)(parent.decoder, winners.candidate.latents)
         beams = Beam(
             cache=cache,
             decoder=decoder,
-            window=won["window"],
-            noise=won["noise"],
-            seed=won["seed"],
-            short_sum=parents.short_sum + won["short"],
-            short_recent=_remember_short(parents.short_recent, won["short"], state.chunk),
-            long=won["long"],
+            window=winners.window,
+            noise=winners.candidate.noise,
+            seed=winners.candidate.seed,
+            short_sum=parent.short_sum + winners.short,
+            short_recent=_remember_short(parent.short_recent, winners.short, state.chunk),
+            long=winners.long,
         )
         _, window_count = search.window.next_count(state, first=first)
         next_state = dataclasses.replace(state, beams=beams, chunk=state.chunk + 1, window_count=window_count)
-        record = ChunkRecord(
+        return next_state, ChunkRecord(
             seed=candidates.seed,
             short=scores.short,
             long=scores.long,
             score=scores.fused,
-            ema=ema,
-            append=append,
-            usable=usable,
+            ema=scores.ema,
+            append=scores.append,
+            usable=scores.usable,
             reward_failed=scores.failed,
-            thumbnail=_thumbnails(scores.frames),
+            thumbnail=_thumbnails(seen.chunk),
             sink_start=_appended_starts(state, search.config),
-            kept=kept,
+            kept=winners.index,
             evicted_start=evicted.start,
             evicted_route=evicted.route,
-            latents=won["latents"],
+            latents=winners.candidate.latents,
             frames=to_pixels(frames, "uint8"),
             alpha=scores.alpha,
         )
-        return next_state, record
 
 
-def _remember(search, params, conditioning, state, won, parents, *, first) -> tuple[Cache, Evicted]:
-    """The context pass of every kept chunk, and its place in the cache."""
-    start = state.chunk * search.config.stream.latent_frames_per_chunk
-
-    def of_beam(latents, route, cache):
-        past = None if first else past_of(cache, state.chunk, search.config)
-        kv = search.generator.context(params, conditioning, latents, past, start)
-        return commit(cache, kv, state.chunk, route, search.config)
-
-    return jax.vmap(of_beam)(won["latents"], won["route"], parents.cache)
-
-
-def _flags(search, state, scores, *, first):
+def _flags(search: Search, state: StreamState, short, long, *, first: bool):
     """(EMA, APPEND) of every candidate; the first chunk is a sink already and has neither."""
     if first:
-        return jnp.zeros(scores.short.shape, bool), jnp.zeros(scores.short.shape, bool)
+        return jnp.zeros(short.shape, bool), jnp.zeros(short.shape, bool)
     window = search.config.search.short_mean_window
     if window is None:
-        mean = state.beams.short_sum / state.chunk
+        mean = state.beams.short_sum / state.chunk.astype(jnp.float32)
     else:
-        mean = state.beams.short_recent.sum(axis=1) / jnp.minimum(state.chunk, window)
-    return sink_flags(scores.short, mean[:, None], scores.long, state.beams.long[:, None], search.config.search)
+        mean = state.beams.short_recent.sum(axis=1) / jnp.minimum(state.chunk, window).astype(jnp.float32)
+    return sink_flags(short, mean[:, None], long, state.beams.long[:, None], search.config.search)
 
 
 def _remember_short(recent: Float[Array, "B recent"], short: Float[Array, " B"], chunk) -> Float[Array, "B recent"]:

@@ -87,7 +87,7 @@ class RedecodedWindow:
     generator: Generator
     chunks: int
 
-    def empty(self) -> Float[Array, "W f C h w"]:
+    def empty(self) -> Float[Array, "chunks f C h w"]:
         return jnp.zeros((self.chunks, *self.generator.chunk_shape), jnp.float32)
 
     def next_count(self, state: StreamState, *, first: bool) -> tuple[Count, Count]:
@@ -107,7 +107,7 @@ class RedecodedWindow:
         valid_frames = self.generator.first_frames + self.generator.frames_per_chunk * (valid - 1)
         return Seen(frames, frames if first else long, valid_frames, window, None)
 
-    def _decode(self, params: PyTree, window: Float[Array, "W f C h w"]) -> Frames:
+    def _decode(self, params: PyTree, window: Float[Array, "chunks f C h w"]) -> Frames:
         """All W chunks at once; the decoder is causal, so garbage behind the valid chunks does not reach them."""
         head, decoder = self.generator.decode(params, self.generator.init_decoder(), window[0], first=True)
 

@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import configs
 import pytest
 
+import configs
 from streamt1_jax.config import RunConfig, SearchConfig
 from streamt1_jax.settings import KEYS, load_settings
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.outputs import atomic_write, folder_outputs, single_output, write_json
+from streamt1_jax.outputs import atomic_write, folder_outputs, make_folder, single_output, write_json
 
 
 def contents(folder):
@@ -120,10 +120,20 @@ def test_a_folder_of_results_is_checked_file_by_file(tmp_path):
     with pytest.raises(BadInputError, match="exists"):
         folder_outputs(tmp_path, ["a", "b"])
     (tmp_path / "file").touch()
-    with pytest.raises(BadInputError, match="is a file, expected a folder"):
+    with pytest.raises(BadInputError, match="is no folder"):
         folder_outputs(tmp_path / "file", ["a"])
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadInputError, match="is no folder"):
+        folder_outputs(tmp_path / "dangling", ["a"])
     with pytest.raises(BadInputError, match="does not exist"):
         folder_outputs(tmp_path / "none" / "deeper", ["a"])
+
+
+def test_a_folder_is_made_once(tmp_path):
+    for _ in range(2):
+        make_folder(tmp_path / "videos")
+    with pytest.raises(BadInputError, match="cannot be written"):
+        make_folder(tmp_path / "none" / "deeper")
 
 
 def test_atomic_write_replaces_only_at_the_end(tmp_path):

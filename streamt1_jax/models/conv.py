@@ -14,8 +14,9 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
-Past: TypeAlias = Float[Array, "2 h w i"]  # The last two input frames of a causal convolution.
-LastFrame: TypeAlias = Float[Array, "1 h w i"]
+# What a convolution saw last; unchecked axes, because a state holds pasts of several sizes.
+Past: TypeAlias = Float[Array, "2 _h _w _i"]
+LastFrame: TypeAlias = Float[Array, "1 _h _w _i"]
 
 # With so few channels, in or out, one deep product beats three shallow ones; see `causal_conv3d`.
 NARROW = 16
@@ -32,15 +33,15 @@ def causal_conv3d(past: Past, x: Float[Array, "t h w i"], kernel: Float[Array, "
     """The 3x3x3 convolution of `x`, preceded in time by the two frames of `past`, as 2-d convolutions.
 
     A backend that prefers another form (one 3-d convolution, say) can choose it here and nowhere else.
-    Measured on two CPU cores in float32, ms, for [t, h, w, i] -> o:
+    Least of several runs on two shared CPU cores in float32, ms, for [t, h, w, i] -> o:
 
         input -> o                three summed   frames joined   3-d convolution
-        [4, 120, 208, 96] -> 96        166            250              743
-        [4,  60, 104, 192] -> 192      130            183              246
+        [4, 120, 208, 96] -> 96        155            250              387
+        [4,  60, 104, 192] -> 192      130            180              246
         [4,  40,  64, 32] -> 32        2.5            2.8             10.0
-        [4,  80, 128, 16] -> 16        5.5            3.4             18.7
-        [4,  80, 128, 16] -> 3         6.8            2.0             19.5
-        [4,  64,  96,  8] -> 8         2.4            0.6                -
+        [4,  80, 128, 16] -> 16        5.4            3.4             18.7
+        [4,  80, 128, 16] -> 3         6.8            1.9             19.4
+        [4,  64,  96,  8] -> 8         2.4            0.6             12.0
 
     So: the sum over the three taps of time, which copies least, except where channels are so few that a
     product of one tap is mostly overhead; there the three frames are joined in channels.
@@ -52,7 +53,7 @@ def causal_conv3d(past: Past, x: Float[Array, "t h w i"], kernel: Float[Array, "
     return conv2d(taps[0], kernel[0]) + conv2d(taps[1], kernel[1]) + conv2d(taps[2], kernel[2])
 
 
-def next_past(past: Past, x: Float[Array, "t h w i"]) -> Past:
+def next_past(past: Float[Array, "2 h w i"], x: Float[Array, "t h w i"]) -> Float[Array, "2 h w i"]:
     """The last two frames of `past` followed by `x`."""
     return jnp.concatenate([past, x[-2:]])[-2:]
 

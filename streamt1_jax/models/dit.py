@@ -72,7 +72,8 @@ class LayerNorm(nnx.Module):
         self.eps = config.eps
 
     def __call__(self, x: Float[Array, "T M"]) -> Float[Array, "T M"]:
-        return (layer_norm(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
 
 
 def _per_frame(rows: Float[Array, "r M"], tokens: int) -> Float[Array, "T M"]:
@@ -84,6 +85,11 @@ def _modulate(x, shift, scale, eps):
     """LN(x) * (1 + scale) + shift, in float32 until the end: the modulation is added to values of all sizes."""
     tokens = x.shape[0]
     return (layer_norm(x, eps) * (1 + _per_frame(scale, tokens)) + _per_frame(shift, tokens)).astype(x.dtype)
+
+
+def _gated(y, gate):
+    """y * gate, multiplied in float32 like the other modulations."""
+    return (y.astype(jnp.float32) * _per_frame(gate, y.shape[0])).astype(y.dtype)
 
 
 class Block(nnx.Module):
@@ -129,14 +135,14 @@ class Block(nnx.Module):
         else:  # The own chunk stands first: the valid keys stay a prefix whatever the cache holds.
             keys, values = (jnp.concatenate([own, old]) for own, old in zip((k, v), past, strict=True))
             y = attention(q, keys, values, tokens + length)
-        x = x + (self.self_attn.output(y) * _per_frame(gate_a, tokens)).astype(x.dtype)
+        x = x + _gated(self.self_attn.output(y), gate_a)
 
         y = attention(self.cross_attn.query(self.cross_norm(x)), *cross)
         x = x + self.cross_attn.output(y)
 
         h = _modulate(x, shift_f, scale_f, self.eps)
         h = self.ffn_out(jax.nn.gelu(self.ffn_in(h), approximate=True))
-        return x + (h * _per_frame(gate_f, tokens)).astype(x.dtype), (k, v)
+        return x + _gated(h, gate_f), (k, v)
 
 
 class Head(nnx.Module):

@@ -4,7 +4,7 @@
 - The host side never raises into XLA. A failure is NaN and status FAILED, and waits for `Reward.raise_if_failed`.
 - The host side never calls JAX. `jax.pure_callback` itself does: it copies every argument with `device_put` on the
   CPU's own thread pool, and with several programs in flight those copies wait behind the very programs that wait for
-  them (a deadlock seen with jax 0.10.2 on 2 cores at 15 MB). So on a CPU the crossing is `buffer_callback`, which
+  them (a deadlock: always, with jax 0.10.2 on one core at 15 MB). So on a CPU the crossing is `buffer_callback`, which
   shows XLA's own memory; on a GPU, where that memory is out of numpy's reach, it is `pure_callback`.
 - A program with a callback is not kept by JAX's persistent compilation cache.
 """

@@ -1,0 +1,91 @@
+"""The memory a run needs on its device, from shapes alone: nothing is loaded and no device is touched."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from streamt1_jax.config import ModelConfig, RunConfig
+from streamt1_jax.generator import decoder_graph, dit_graph, wan_generator
+from streamt1_jax.noise import gaussian_noise
+from streamt1_jax.rewards import native_long, native_short
+from streamt1_jax.stream import Search, init_state
+from streamt1_jax.weights import text_graph
+
+GIGABYTE = 1e9
+# As published, in bfloat16 (REWARD_BYTES are read from the files' sizes, not measured here).
+REWARD_BYTES = {"hpsv3": 16.6e9, "videoreward": 5.0e9}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by what they hold. `peak` leaves out what is gone by the time the chunks are made."""
+
+    entries: dict[str, float]
+    before: frozenset[str]  # released before the first chunk
+
+    @property
+    def peak(self) -> float:
+        return sum(size for name, size in self.entries.items() if name not in self.before)
+
+
+def size_of(tree: PyTree) -> int:
+    """Bytes of all arrays, or shapes of arrays, in a tree."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def memory_plan(
+    model: ModelConfig, config: RunConfig, height: int, width: int, dtype: Any, rewards: tuple[str, ...] = ()
+) -> MemoryPlan:
+    """What a run will hold.
+
+    Args:
+        height, width: pixels of the video.
+        dtype: of parameters, activations and the KV cache.
+        rewards: names in `REWARD_BYTES` that live on the same device.
+    """
+    generator = wan_generator(model, config.stream, height, width, dtype)
+    noise = gaussian_noise(generator.chunk_shape, len(config.stream.denoising_steps))
+    search = Search(generator, native_short(), native_long(), noise, config)
+    state = jax.eval_shape(lambda: init_state(search, 0, 1))
+    beams, count = config.search.grid
+    candidates = beams * count
+    cache = state.beams.cache
+    per_beam_decoder = size_of(state.beams.decoder) / beams
+    window = size_of(state.beams.window) / beams
+    layers, tokens, heads, head_dim = generator.kv.shape
+    itemsize = jnp.dtype(dtype).itemsize
+    chunk_kv = 2 * math.prod(generator.kv.shape) * itemsize
+    # Of one block: the joined keys and values, and about eight arrays as wide as the feed-forward's middle.
+    seen = tokens * (1 + config.cache_slots)
+    block = itemsize * (2 * seen * heads * head_dim + tokens * (8 * model.dit.dim + 2 * model.dit.ffn_dim))
+    # The decoder's last level holds about six arrays of one latent frame's pixels.
+    pixels = model.vae.time_factor * height * width
+    decoding = 6 * itemsize * pixels * model.vae.dim * model.vae.dim_mult[0]
+    entries = {
+        "text encoder": size_of(text_graph(model, dtype)[1]),
+        "DiT": size_of(dit_graph(model, dtype)[1]),
+        "VAE decoder": size_of(decoder_graph(model, dtype)[1]),
+        "prompt keys and values": 2 * layers * model.dit.text_len * heads * head_dim * itemsize,
+        "KV caches": size_of((cache.k, cache.v)),
+        "newest sinks, float32": size_of(cache.newest_sink),
+        "KV caches of the next chunk": size_of((cache.k, cache.v)) + beams * chunk_kv,
+        "decoder states": per_beam_decoder * (beams + candidates),
+        "reward windows": window * (beams + candidates),
+        "activations, estimated": candidates * max(block, decoding),
+    }
+    entries |= {f"reward {name}": REWARD_BYTES[name] for name in rewards}
+    return MemoryPlan(entries, frozenset({"text encoder"}))
+
+
+def format_plan(plan: MemoryPlan) -> str:
+    """The plan as a table in gigabytes."""
+    width = max(map(len, plan.entries))
+    rows = [
+        f"{name:{width}}  {size / GIGABYTE:8.2f} GB" + ("  released before the first chunk" if name in plan.before else "")
+        for name, size in plan.entries.items()
+    ]
+    return "\n".join([*rows, f"{'peak':{width}}  {plan.peak / GIGABYTE:8.2f} GB"])
