@@ -83,7 +83,7 @@ def convert(path: Path, layers: int, out: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--step", choices=("make", "convert"), help=argparse.SUPPRESS)

@@ -23,7 +23,12 @@ def add_convert_parser(subparsers: Any) -> None:
     add("--base-revision", metavar="COMMIT", help="revision of the repository given with --base")
     add("--generator", required=True, metavar="FILE_OR_REPO", help="longlive_base.pt, self_forcing_dmd.pt, ...")
     add("--lora", action="append", default=[], metavar="FILE_OR_REPO", help="LoRA to merge, in peft's names")
-    add("--lora-alpha", type=float, metavar="N", help="alpha of the LoRA (default: its rank)")
+    add(
+        "--lora-alpha",
+        type=float,
+        metavar="N",
+        help="alpha of the LoRA (default: adapter_config.json, or the rank)",
+    )
     add("--no-lora", action="store_true", help="leave out a LoRA that stands in the generator's own file")
     add(
         "--ema",

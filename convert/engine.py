@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from flax import nnx
 
 from convert.sources import DictSource, Source
 from streamt1_jax.errors import WeightsError
+
+M = TypeVar("M", bound=nnx.Module)
 
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "same": lambda x: x,
@@ -318,9 +320,7 @@ def convert(plan: Plan, source: Source, dtype: Any) -> Iterator[tuple[str, np.nd
         yield path, array
 
 
-def build(
-    make: Callable[[], nnx.Module], rules: Sequence[Rule], tensors: Mapping[str, Any], *, name: str = "checkpoint"
-) -> nnx.Module:
+def build(make: Callable[[], M], rules: Sequence[Rule], tensors: Mapping[str, Any], *, name: str = "checkpoint") -> M:
     """The module that `make` would make, filled through a table from tensors in memory, which are few or small.
 
     Args:

@@ -3,7 +3,9 @@
 `W += (alpha / rank) * B @ A`, in float32; the one cast to the parameters' type comes after.
 """
 
+import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +57,25 @@ class LoRASource:
         b = self._lora.read(pair.b).astype(np.float32)
         scale = 1.0 if self._alpha is None else self._alpha / a.shape[0]
         return weight.astype(np.float32) + np.float32(scale) * (b @ a)
+
+
+def adapter_alpha(file: Path) -> float | None:
+    """The alpha that peft wrote beside a LoRA, or None where there is no adapter_config.json.
+
+    Raises:
+        WeightsError: the adapter merges by another formula (rsLoRA, DoRA), or the config is broken.
+    """
+    config = file.with_name("adapter_config.json")
+    if not config.is_file():
+        return None
+    try:
+        values = json.loads(config.read_text())
+        alpha, other = float(values["lora_alpha"]), [key for key in ("use_rslora", "use_dora") if values.get(key)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{config}: expected JSON with lora_alpha. Download it again.") from error
+    if other:
+        raise WeightsError(f"{config}: sets {' and '.join(other)}, expected a plain LoRA. Merge this one in PyTorch.")
+    return alpha
 
 
 def _pair(base: Source, lora: Source) -> dict[str, _Pair]:

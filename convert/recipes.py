@@ -16,7 +16,7 @@ from tqdm import tqdm
 from convert.dit_table import diffusers_dit_rules, longlive_dit_rules, wan_dit_rules
 from convert.engine import Plan, Rule, convert_pieces, dotted, plan
 from convert.hub import GENERATOR_FILES, LORA_FILES, locate_file, locate_folder
-from convert.lora import LoRASource
+from convert.lora import LoRASource, adapter_alpha
 from convert.sizes import (
     diffusers_dit_config,
     diffusers_vae_config,
@@ -104,7 +104,7 @@ def longlive_recipe(
     Args:
         base: Wan2.1 folder or hub repository.
         generator, lora: files, or hub repositories.
-        lora_alpha: None takes the rank.
+        lora_alpha: None takes it from an adapter_config.json beside the LoRA, otherwise the rank.
         ignore_lora: leaves out a LoRA that stands in the generator's own file.
         ema: see `select_generator`.
         revision: of the generator's and the LoRA's repository.
@@ -169,6 +169,7 @@ def _with_wan_parts(dit: DiTConfig, part: Part, folder: Path, options: Options, 
 
 def _with_lora(base: Source, lora: str, alpha: float | None, revision: str | None) -> tuple[Source, dict[str, Any]]:
     file = locate_file(lora, revision, LORA_FILES)
+    alpha = adapter_alpha(file.path) if alpha is None else alpha
     merged = LoRASource(base, _open_file(file.path, select_lora), alpha)
     sha256 = file_sha256(file.path)
     return merged, {"merged": True, **file.origin, "sha256": sha256, "ranks": merged.ranks, "alpha": alpha or "rank"}

@@ -33,6 +33,7 @@ _SAFETENSORS_TYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_ORIGINAL = "Convert the original checkpoint, not a quantised copy of it."
 _MAX_HEADER = 100_000_000  # The format's own limit, in bytes.
 
 
@@ -61,7 +62,11 @@ class DictSource:
 
 
 def as_numpy(x: Any) -> np.ndarray:
-    """A numpy array or a torch tensor as a numpy array, without a copy; bfloat16 crosses as bits."""
+    """A numpy array or a torch tensor as a numpy array, without a copy; bfloat16 crosses as bits.
+
+    Raises:
+        WeightsError: numpy has no such numbers.
+    """
     if isinstance(x, np.ndarray):
         return x
     import torch
@@ -69,7 +74,10 @@ def as_numpy(x: Any) -> np.ndarray:
     x = x.detach()
     if x.dtype == torch.bfloat16:
         return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return x.numpy()
+    try:
+        return x.numpy()
+    except TypeError as error:  # 8 bits and less
+        raise WeightsError(f"found a tensor of {x.dtype}, expected 16 or 32 bit numbers. {_ORIGINAL}") from error
 
 
 def check_weights_file(path: Path) -> None:
@@ -114,8 +122,7 @@ class SafetensorsSource:
         entry = self._entries[key]
         if entry["dtype"] not in _SAFETENSORS_TYPES:
             raise WeightsError(
-                f"{self.path}: {key} is of type {entry['dtype']}, expected 16 or 32 bit numbers. "
-                "Convert the original checkpoint, not a quantised copy of it."
+                f"{self.path}: {key} is of type {entry['dtype']}, expected 16 or 32 bit numbers. {_ORIGINAL}"
             )
         x = np.empty(entry["shape"], _SAFETENSORS_TYPES[entry["dtype"]])
         with self.path.open("rb") as file:

@@ -7,6 +7,7 @@
 
 import io
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,9 +90,12 @@ def load_torch(path: Path) -> Any:
     try:
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+        if not (named := re.search(r"GLOBAL (\S+)", str(error))):
+            raise WeightsError(
+                f"{path}: its list of tensors is broken, expected a whole one. Download it again."
+            ) from error
         raise WeightsError(
-            f"{path}: asks for code to be run, expected tensors alone; nothing was run. {reason.strip()} "
+            f"{path}: asks for {named[1]} to be run, expected tensors alone; nothing was run. "
             "Do not use this file unless you know who made it."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:

@@ -159,6 +159,7 @@ def _run_generate(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     with _memory_advice(settings.run):
         pipe = StreamT1Pipeline.from_pretrained(args.checkpoint, allow_cpu=args.allow_cpu)
+        pipe.encode([job.prompt for job in jobs], strict=settings.generate.strict)  # the text encoder is loaded once
         for number, job in enumerate(jobs, start=1):
             label = f"{number}/{len(jobs)}" if args.prompts_file else job.paths.video.name
             out = _generate(pipe, job.prompt, settings, label, forced=args.progress)

@@ -85,7 +85,8 @@ def format_plan(plan: MemoryPlan) -> str:
     """The plan as a table in gigabytes."""
     width = max(map(len, plan.entries))
     rows = [
-        f"{name:{width}}  {size / GIGABYTE:8.2f} GB" + ("  released before the first chunk" if name in plan.before else "")
+        f"{name:{width}}  {size / GIGABYTE:8.2f} GB"
+        + ("  released before the first chunk" if name in plan.before else "")
         for name, size in plan.entries.items()
     ]
     return "\n".join([*rows, f"{'peak':{width}}  {plan.peak / GIGABYTE:8.2f} GB"])

@@ -58,9 +58,13 @@ def first_seeds(seed: Seed, beams: int, candidates: int) -> UInt32[Array, "B K"]
 
 
 def next_seeds(
-    seed: Seed, chunk: Int[Array, ""], beam_seeds: UInt32[Array, " B"], candidates: int
+    seed: Seed, chunk: Int[Array, ""], beam_seeds: UInt32[Array, " B"], candidates: int, *, propagation: bool = True
 ) -> UInt32[Array, "B K"]:
-    """Later chunks: the beam's proven seed again, then seed + 1000 c + 100 b + i. Sums wrap at 2^32."""
+    """Later chunks: seed + 1000 c + 100 b + i, but the beam's proven seed again for i = 0. Sums wrap at 2^32.
+
+    Args:
+        propagation: without it all seeds are fresh, or a run of one candidate would draw the same noise every chunk.
+    """
     beam = jnp.arange(beam_seeds.shape[0], dtype=jnp.uint32)[:, None]
     fresh = seed + 1000 * chunk.astype(jnp.uint32) + 100 * beam + jnp.arange(candidates, dtype=jnp.uint32)
-    return fresh.at[:, 0].set(beam_seeds)
+    return fresh.at[:, 0].set(beam_seeds) if propagation else fresh

@@ -7,10 +7,10 @@ hold: a whole Stream-T1 run, one forward with a LoRA, the VAE, and the text enco
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from flax import nnx
 
 from streamt1_jax.config import DiTConfig, ModelConfig, RunConfig, SearchConfig, StreamConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError
+
+M = TypeVar("M", bound=nnx.Module)
 
 LATENT_TOLERANCE = 1e-4
 PIXEL_TOLERANCE = 1e-3
@@ -120,7 +122,7 @@ def _dit_config(sizes: Mapping[str, Any]) -> DiTConfig:
     return DiTConfig(**{f.name: sizes[f.name] for f in dataclasses.fields(DiTConfig) if f.name in sizes})
 
 
-def _build(make: Any, rules: list, tensors: Mapping[str, np.ndarray], name: str) -> nnx.Module:
+def _build(make: Callable[[], M], rules: list, tensors: Mapping[str, np.ndarray], name: str) -> M:
     """The module with the case's weights, through the conversion table of the published format."""
     from convert.engine import build
 
@@ -227,8 +229,8 @@ def _compare_candidates(trace: Any, recorded: list[dict[str, Any]]) -> Iterator[
 
 def _vae_config(sizes: Mapping[str, Any]) -> VAEConfig:
     known = {f.name for f in dataclasses.fields(VAEConfig)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items() if key in known}
-    return VAEConfig(**values)
+    values: dict[str, Any] = {key: sizes[key] for key in known & sizes.keys()}
+    return VAEConfig(**{key: tuple(x) if isinstance(x, list) else x for key, x in values.items()})
 
 
 def _replay_lora(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Iterator[Comparison]:
@@ -245,8 +247,10 @@ def _replay_lora(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Itera
     merged = {key: source.read(key) for key in source.shapes}
     recorded = _under(tensors, "merged.")
     yield equal("names of merged weights", sorted(merged), sorted(recorded))
-    flat = (np.concatenate([weights[key].ravel() for key in sorted(recorded)]) for weights in (merged, recorded))
-    yield close("merged weights", *flat, 1e-6)
+    ours, theirs = (
+        np.concatenate([weights[key].ravel() for key in sorted(recorded)]) for weights in (merged, recorded)
+    )
+    yield close("merged weights", ours, theirs, 1e-6)
 
     model = _build(lambda: CausalWanDiT(config, rngs=nnx.Rngs(0)), longlive_dit_rules(), merged, "dit")
     x, timestep = tensors["x"][0], tensors["timestep"]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from streamt1_jax import __version__
 from streamt1_jax.config import RunConfig, SearchConfig
@@ -292,7 +292,10 @@ class StreamT1Pipeline:
             "attention": attention_path(self.dtype),
             "weights": self.weights.describe(),
             "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-            "versions": {"streamt1-jax": __version__, **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}},
+            "versions": {
+                "streamt1-jax": __version__,
+                **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+            },
             "seconds": {
                 "total": time.perf_counter() - started,
                 "chunks": [chunk.seconds for chunk in trace.chunks],  # compilation is in the first two

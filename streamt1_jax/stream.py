@@ -71,7 +71,7 @@ class Scores(NamedTuple):
 class Winners(NamedTuple):
     """What `select` keeps, best first; every leaf [B, ...]."""
 
-    index: Int[Array, " B"]  # beam * K + candidate
+    flat: Int[Array, " B"]  # beam * K + candidate
     parent: Beam
     candidate: Candidates
     short: Float[Array, " B"]
@@ -132,13 +132,14 @@ def propose(
     """K candidates from each of the B beams: seeds, noise blended with the beam's own, few-step denoising."""
     with jax.named_scope("propose"):
         beams, candidates = search.config.search.grid
+        propagation = search.config.search.noise_propagation
         seeds = (
             first_seeds(state.seed, beams, candidates)
             if first
-            else next_seeds(state.seed, state.chunk, state.beams.seed, candidates)
+            else next_seeds(state.seed, state.chunk, state.beams.seed, candidates, propagation=propagation)
         )
         start = state.chunk * search.config.stream.latent_frames_per_chunk
-        blend = search.config.search.noise_propagation and not first
+        blend = propagation and not first
 
         def candidate(seed, beam_noise, past):
             draws = search.noise(seed)
@@ -261,7 +262,7 @@ def commit(
             reward_failed=scores.failed,
             thumbnail=_thumbnails(seen.chunk),
             sink_start=_appended_starts(state, search.config),
-            kept=winners.index,
+            kept=winners.flat,
             evicted_start=evicted.start,
             evicted_route=evicted.route,
             latents=winners.candidate.latents,

@@ -6,7 +6,7 @@ Both give the same three things: the networks' graphs, their parameters, and a p
 import functools
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from streamt1_jax.models.umt5 import UMT5Encoder
 MINI_SEED = 0
 
 
+@runtime_checkable
 class Weights(Protocol):
     """A source of parameters."""
 
@@ -96,7 +97,7 @@ class CheckpointWeights:
     def __init__(self, folder: str | Path):
         self.checkpoint = load_checkpoint(folder)
         self.config = self.checkpoint.config
-        self.tokenizer = self.checkpoint.tokenizer_folder
+        self.tokenizer = self.checkpoint.tokenizer_dir
 
     def generator_params(self, dtype: Any) -> PyTree:
         vae = load_params(self.checkpoint, "vae", dtype)
@@ -109,7 +110,7 @@ class CheckpointWeights:
         manifest = self.checkpoint.manifest
         hashes = {name: entry["params_sha256"] for name, entry in manifest["networks"].items()}
         return {
-            "name": self.checkpoint.folder.name,
+            "name": self.checkpoint.dir.name,
             "summary": f"converted from {manifest['origin']}",
             "trained": True,
             "origin": manifest["origin"],

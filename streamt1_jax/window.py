@@ -100,12 +100,12 @@ class RedecodedWindow:
         def candidate(latents, window):
             window = push(window, state.window_count, drop, latents[None])
             frames, _ = self.generator.decode(params, self.generator.init_decoder(), latents, first=True)
-            return frames, window, None if first else self._decode(params, window)
+            return frames, window, frames if first else self._decode(params, window)
 
         of_beam = jax.vmap(candidate, in_axes=(0, None))
         frames, window, long = jax.vmap(of_beam)(latents, state.beams.window)
         valid_frames = self.generator.first_frames + self.generator.frames_per_chunk * (valid - 1)
-        return Seen(frames, frames if first else long, valid_frames, window, None)
+        return Seen(frames, long, valid_frames, window, None)
 
     def _decode(self, params: PyTree, window: Float[Array, "chunks f C h w"]) -> Frames:
         """All W chunks at once; the decoder is causal, so garbage behind the valid chunks does not reach them."""

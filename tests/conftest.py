@@ -21,6 +21,13 @@ install_import_hook("streamt1_jax", "typechecking.checked")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from typechecking import check_arrays_only  # noqa: E402
+
+from streamt1_jax.cache import Cache  # noqa: E402
+from streamt1_jax.state import Beam, StreamState  # noqa: E402
+
+for pytree in (Cache, Beam, StreamState):
+    check_arrays_only(pytree)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

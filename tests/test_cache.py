@@ -155,7 +155,7 @@ ROUTES = st.lists(st.sampled_from([Route.DISCARD, Route.EMA, Route.APPEND]), min
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(routes=ROUTES, seed=st.integers(0, 1000))
 def test_matches_a_plain_list(layout, routes, seed):
     check(layout, True, routes, seed)

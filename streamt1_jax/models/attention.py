@@ -7,6 +7,7 @@
 
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def _plain_attention(q, k, v, length):
 
 
 @functools.cache
-def batched_attention(implementation: str):
+def batched_attention(implementation: Literal["xla", "cudnn"]):
     """Batched attention `(q [n,Tq,N,D], k, v [n,Tk,N,D], lengths [n])` whose vmap is a larger batch.
 
     JAX's own batching rule of the cuDNN call needs every operand to carry every mapped axis, and neither the

@@ -1,0 +1,357 @@
+"""`streamt1 bench`: where the time of a chunk goes, on random weights.
+
+Every figure says what is in it. A chunk is timed twice: as one compiled step, which is what users run, and stage by
+stage, each its own program and waited for. Only chunks with a full window count. Compilation never counts; that none
+happened while timing is counted by JAX's own event and reported.
+"""
+
+import contextlib
+import gc
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from streamt1_jax import __version__, flops
+from streamt1_jax import stream as stages
+from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
+from streamt1_jax.errors import BadInputError
+from streamt1_jax.generator import Conditioning, decoder_graph, dit_graph, wan_generator
+from streamt1_jax.memory import size_of
+from streamt1_jax.models.attention import attention_path
+from streamt1_jax.models.umt5 import encode_prompt
+from streamt1_jax.noise import gaussian_noise
+from streamt1_jax.rewards import Reward, native_long, native_short
+from streamt1_jax.stream import Search, init_state, jitted_step
+from streamt1_jax.weights import random_params, text_graph
+
+FPS = 16
+STAGES = ("propose", "watch", "judge", "select", "recall", "commit", "host")
+MEANING = {
+    "text": "text encoder, once a prompt",
+    "propose": "DiT denoise, all steps of all candidates",
+    "watch": "VAE decode of all candidates",
+    "judge": "rewards",
+    "select": "pick and gather the kept beams",
+    "recall": "DiT context pass of the kept beams",
+    "commit": "write the caches, route what leaves",
+    "host": "record to the host",
+}
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds over the runs."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def grid_of(candidates: int) -> tuple[int, int]:
+    """(beams, candidates of each) for a number of candidates a chunk: 1 -> 1x1, 4 -> 2x2, 8 -> 2x4, 3 -> 1x3."""
+    return (2, candidates // 2) if candidates >= 4 and candidates % 2 == 0 else (1, candidates)
+
+
+def search_of(candidates: int) -> SearchConfig:
+    beams, each = grid_of(candidates)
+    return SearchConfig.longlive() if candidates == 1 else SearchConfig(beams=beams, candidates_per_beam=each)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Counts the programs that XLA compiles meanwhile; the list grows by the seconds of each."""
+    seen: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _COMPILE_EVENT:
+            seen.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+class Bench:
+    """One model at one size on random weights; `measure` times one number of candidates."""
+
+    def __init__(
+        self, model: ModelConfig, *, height: int, width: int, dtype: Any, rewards: tuple[Reward, Reward] | None
+    ):
+        self.model, self.dtype, self.size = model, dtype, (height, width)
+        self.rewards = rewards or (native_short(), native_long())
+        self.params = {
+            "dit": random_params(dit_graph(model, dtype)[1], 0),
+            "decoder": random_params(decoder_graph(model, dtype)[1], 0),
+        }
+
+    def search(self, config: RunConfig) -> Search:
+        generator = wan_generator(self.model, config.stream, *self.size, self.dtype)
+        noise = gaussian_noise(generator.chunk_shape, len(config.stream.denoising_steps))
+        return Search(generator, *self.rewards, noise, config)
+
+    def conditioning(self, search: Search) -> Conditioning:
+        embeds = jnp.zeros((self.model.dit.text_len, self.model.dit.text_dim), jnp.float32)
+        return jax.jit(search.generator.prepare)(self.params, embeds, jnp.int32(0))
+
+    def text_seconds(self, repeats: int) -> Spread:
+        """The text encoder for one prompt; its weights live for this call alone."""
+        graphdef, abstract = text_graph(self.model, self.dtype)
+        params = random_params(abstract, 0)
+        ids = jnp.arange(self.model.dit.text_len, dtype=jnp.int32) % self.model.text.vocab_size
+        encode = jax.jit(lambda params, ids: encode_prompt(nnx.merge(graphdef, params), ids, jnp.ones_like(ids)))
+        return Spread.of(_timed(lambda: encode(params, ids), repeats))
+
+    def measure(self, candidates: int, *, chunks: int, repeats: int) -> dict[str, Any]:
+        """Times `repeats` videos of `chunks` chunks with this many candidates, after one that warms up."""
+        config = RunConfig(search=search_of(candidates))
+        steady = config.stream.sink_chunks + config.stream.window_chunks + 1
+        if chunks < steady + 1:
+            raise BadInputError(f"--chunks is {chunks}, expected at least {steady + 1}: earlier the window is not full")
+        search = self.search(config)
+        conditioning = self.conditioning(search)
+        compile_seconds = self.compile_seconds(search, conditioning)
+        self._run_staged(search, conditioning, steady + 1)
+        self._run_fused(search, conditioning, steady + 1)
+        with compilations() as compiled:
+            staged = [self._run_staged(search, conditioning, chunks)[steady:] for _ in range(repeats)]
+            fused = [self._run_fused(search, conditioning, chunks) for _ in range(repeats)]
+        stage_seconds = {
+            name: Spread.of([statistics.median(chunk[name] for chunk in run) for run in staged]) for name in STAGES
+        }
+        chunk = Spread.of([statistics.median(run[steady:]) for run in fused])
+        return {
+            "candidates": candidates,
+            "grid": config.search.grid,
+            "first_chunk_seconds": asdict(Spread.of([run[0] for run in fused])),
+            "chunk_seconds": asdict(chunk),
+            "chunk_seconds_by_index": [statistics.median(run[i] for run in fused) for i in range(chunks)],
+            "stage_seconds": {name: asdict(spread) for name, spread in stage_seconds.items()},
+            "stages_over_chunk": sum(spread.median for spread in stage_seconds.values()) / chunk.median,
+            "compiled_while_timing": len(compiled),
+            "compile_seconds": compile_seconds,
+            "host_bytes": self._host_bytes(search, conditioning),
+            "peak_bytes": peak_bytes(),
+            **self._rates(search, stage_seconds, chunk),
+        }
+
+    def compile_seconds(self, search: Search, conditioning: Conditioning) -> dict[str, float]:
+        """Both step programs, without and with a persistent compilation cache that holds them."""
+        state = jax.eval_shape(lambda: init_state(search, 0, 1))
+
+        def compile_both() -> float:
+            jax.clear_caches()
+            started = time.perf_counter()
+            for first in (True, False):
+                jitted_step.lower(search, self.params, conditioning, state, first=first).compile()
+            return time.perf_counter() - started
+
+        with tempfile.TemporaryDirectory() as folder, _compilation_cache(None):
+            cold = compile_both()
+            with _compilation_cache(folder):
+                compile_both()
+                warm = compile_both()
+        return {"cold": cold, "warm": warm}
+
+    def _run_fused(self, search: Search, conditioning: Conditioning, chunks: int) -> list[float]:
+        state, seconds = init_state(search, 0, chunks), []
+        jax.block_until_ready(state)
+        for index in range(chunks):
+            started = time.perf_counter()
+            state, record = jitted_step(search, self.params, conditioning, state, first=index == 0)
+            jax.device_get(record)
+            jax.block_until_ready(state)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _run_staged(self, search: Search, conditioning: Conditioning, chunks: int) -> list[dict[str, float]]:
+        state, result = init_state(search, 0, chunks), []
+        for index in range(chunks):
+            clock = _Clock()
+            state = staged_step(search, self.params, conditioning, state, first=index == 0, clock=clock)
+            result.append(clock.seconds)
+        return result
+
+    def _host_bytes(self, search: Search, conditioning: Conditioning) -> int:
+        """Bytes of one chunk's record, and of the frames that host rewards are sent."""
+        state = jax.eval_shape(lambda: init_state(search, 0, 1))
+        step = jax.eval_shape(
+            lambda p, c, s: stages.step(search, p, c, s, first=False), self.params, conditioning, state
+        )
+        total = size_of(step[1])
+        beams, count = search.config.search.grid
+        window = size_of(state.beams.window) // beams
+        chunk = search.generator.frames_per_chunk * int(np.prod(search.generator.frame_shape)) * 3
+        total += beams * count * (chunk * (search.short.runs_on == "host") + window * (search.long.runs_on == "host"))
+        return total
+
+    def _rates(self, search: Search, seconds: dict[str, Spread], chunk: Spread) -> dict[str, Any]:
+        """Frames a second with and without parts, and the work of each stage by formula."""
+        frames = search.generator.frames_per_chunk
+        dit = seconds["propose"].median + seconds["recall"].median
+        watched = dit + seconds["watch"].median
+        work = chunk_flops(self.model, search)
+        return {
+            "frames_per_second": {
+                "everything": frames / chunk.median,
+                "DiT and VAE, no rewards": frames / watched,
+                "DiT alone": frames / dit,
+            },
+            "flop": work,
+            "flop_per_second": {name: flop / seconds[name].median for name, flop in work.items()},
+        }
+
+
+class _Clock:
+    """Seconds of each stage of one chunk."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, run: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = jax.block_until_ready(run())
+        self.seconds[name] = time.perf_counter() - started
+        return result
+
+
+_propose = jax.jit(stages.propose, static_argnames=("search", "first"))
+_watch = jax.jit(stages.watch, static_argnames=("search", "first"))
+_judge = jax.jit(stages.judge, static_argnames=("search", "first"))
+_select = jax.jit(stages.select)
+_recall = jax.jit(stages.recall, static_argnames=("search", "first"))
+_commit = jax.jit(stages.commit, static_argnames=("search", "first"))
+
+
+def staged_step(search, params, conditioning, state, *, first: bool, clock: Callable[[str, Callable], Any]):
+    """The same as `stream.step`, a program a stage; returns the next state."""
+    kw = {"first": first}
+    candidates = clock("propose", lambda: _propose(search, params, conditioning, state, **kw))
+    seen = clock("watch", lambda: _watch(search, params, state, candidates, **kw))
+    scores = clock("judge", lambda: _judge(search, conditioning, state, candidates, seen, **kw))
+    winners = clock("select", lambda: _select(state, candidates, seen, scores))
+    kv = clock("recall", lambda: _recall(search, params, conditioning, state, winners, **kw))
+    state, record = clock("commit", lambda: _commit(search, params, state, candidates, seen, scores, winners, kv, **kw))
+    clock("host", lambda: jax.device_get(record))
+    return state
+
+
+def chunk_flops(model: ModelConfig, search: Search) -> dict[str, int]:
+    """Work of one steady chunk by stage, of valid tokens; appended sinks are not counted."""
+    beams, count = search.config.search.grid
+    stream = search.config.stream
+    tokens = search.generator.kv.shape[1]
+    past = tokens * (stream.sink_chunks + stream.window_chunks)
+    h, w = search.generator.chunk_shape[2:]
+    steps = len(stream.denoising_steps)
+    frame = flops.vae_decode_frame(model.vae, h, w, first=False)
+    return {
+        "propose": beams * count * steps * flops.dit_forward(model.dit, tokens, past),
+        "recall": beams * flops.dit_forward(model.dit, tokens, past, context=True),
+        "watch": beams * count * stream.latent_frames_per_chunk * frame,
+    }
+
+
+def matmul_peak(dtype: Any, repeats: int = 5) -> float:
+    """FLOP/s of a large square matrix product of this type on random numbers: what utilisation is measured against."""
+    n = 1536 if jax.default_backend() == "cpu" else 8192
+    a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    return 2 * n**3 / statistics.median(_timed(lambda: product(a, b), repeats))
+
+
+def peak_bytes() -> dict[str, int]:
+    """The most memory so far: of the device where it tells, else of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return {"device": stats["peak_bytes_in_use"]}
+    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "streamt1-jax": __version__,
+        **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+    }
+
+
+def run_bench(
+    model: ModelConfig,
+    *,
+    candidates: tuple[int, ...],
+    chunks: int,
+    repeats: int,
+    dtype: Any,
+    height: int,
+    width: int,
+    rewards: tuple[Reward, Reward] | None = None,
+) -> dict[str, Any]:
+    """The whole report as plain data; see `bench_table` for people."""
+    bench = Bench(model, height=height, width=width, dtype=dtype, rewards=rewards)
+    text = bench.text_seconds(repeats)
+    gc.collect()  # the text encoder's weights
+    return {
+        "machine": machine(),
+        "model": asdict(model),
+        "size": {"height": height, "width": width},
+        "dtype": jnp.dtype(dtype).name,
+        "attention": attention_path(dtype),
+        "rewards": [reward.name for reward in bench.rewards],
+        "chunks": chunks,
+        "repeats": repeats,
+        "text_seconds": asdict(text),
+        "matmul_peak_flop_per_second": matmul_peak(dtype),
+        "runs": [bench.measure(n, chunks=chunks, repeats=repeats) for n in candidates],
+    }
+
+
+def _timed(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls after one that compiles."""
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+@contextlib.contextmanager
+def _compilation_cache(folder: str | None) -> Iterator[None]:
+    """Another persistent cache, or none, for a while."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.read("jax_compilation_cache_dir")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
