@@ -27,14 +27,15 @@ from streamt1_jax import __version__, flops
 from streamt1_jax import stream as stages
 from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.generator import Conditioning, decoder_graph, dit_graph, wan_generator
+from streamt1_jax.generator import Conditioning, wan_generator
 from streamt1_jax.memory import size_of
 from streamt1_jax.models.attention import attention_path
 from streamt1_jax.models.umt5 import encode_prompt
+from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import gaussian_noise
 from streamt1_jax.rewards import Reward, native_long, native_short
 from streamt1_jax.stream import Search, init_state, jitted_step
-from streamt1_jax.weights import random_params, text_graph
+from streamt1_jax.weights import random_params
 
 FPS = 16
 STAGES = ("propose", "watch", "judge", "select", "recall", "commit", "host")
@@ -99,8 +100,8 @@ class Bench:
         self.model, self.dtype, self.size = model, dtype, (height, width)
         self.rewards = rewards or (native_short(), native_long())
         self.params = {
-            "dit": random_params(dit_graph(model, dtype)[1], 0),
-            "decoder": random_params(decoder_graph(model, dtype)[1], 0),
+            "dit": random_params(network_graph(model, "dit", dtype)[1], 0),
+            "decoder": random_params(network_graph(model, "decoder", dtype)[1], 0),
         }
 
     def search(self, config: RunConfig) -> Search:
@@ -114,7 +115,7 @@ class Bench:
 
     def text_seconds(self, repeats: int) -> Spread:
         """The text encoder for one prompt; its weights live for this call alone."""
-        graphdef, abstract = text_graph(self.model, self.dtype)
+        graphdef, abstract = network_graph(self.model, "text", self.dtype)
         params = random_params(abstract, 0)
         ids = jnp.arange(self.model.dit.text_len, dtype=jnp.int32) % self.model.text.vocab_size
         encode = jax.jit(lambda params, ids: encode_prompt(nnx.merge(graphdef, params), ids, jnp.ones_like(ids)))

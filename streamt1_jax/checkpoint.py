@@ -8,7 +8,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import shutil
@@ -26,32 +25,11 @@ from flax import nnx
 from streamt1_jax.atomic_folder import MARKER, atomic_folder, check_place
 from streamt1_jax.config import DiTConfig, ModelConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import WeightsError
+from streamt1_jax.networks import network_graph
 from streamt1_jax.params_store import ShardWriter, read_shards
 
 FORMAT, FORMAT_VERSION = "streamt1-checkpoint", 1
 NETWORKS = ("dit", "vae", "text")
-
-
-def _make_network(config: ModelConfig, network: str, dtype: Any) -> nnx.Module:
-    assert network in NETWORKS, f"{network!r} is none of {NETWORKS}"
-    rngs = nnx.Rngs(0)
-    if network == "dit":
-        from streamt1_jax.models.dit import CausalWanDiT
-
-        return CausalWanDiT(config.dit, dtype=dtype, rngs=rngs)
-    if network == "vae":
-        from streamt1_jax.models.vae import WanVAE
-
-        return WanVAE(config.vae, dtype=dtype, rngs=rngs)
-    from streamt1_jax.models.umt5 import UMT5Encoder
-
-    return UMT5Encoder(config.text, dtype=dtype, rngs=rngs)
-
-
-@functools.cache
-def network_graph(config: ModelConfig, network: str, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
-    """(graph, abstract parameters) of one of `NETWORKS`; no memory is taken. `load_params` fills the second."""
-    return nnx.split(nnx.eval_shape(functools.partial(_make_network, config, network, dtype)))
 
 
 class CheckpointWriter:

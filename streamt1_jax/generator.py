@@ -3,7 +3,6 @@
 The search does not know the networks: it is handed pure functions of parameters, written for one candidate.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from streamt1_jax.config import PATCH, ModelConfig, StreamConfig
 from streamt1_jax.denoise import denoise
 from streamt1_jax.models.dit import KV, CausalWanDiT, Past, TimeModulation
 from streamt1_jax.models.vae import Decoder
+from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import Draws
 from streamt1_jax.schedule import few_step_schedule
 from streamt1_jax.types import Chunk, Count, Frames, PromptEmbeds
@@ -47,18 +47,6 @@ class Generator:
     frame_shape: tuple[int, int]  # [H, W]
 
 
-@functools.cache
-def dit_graph(config: ModelConfig, dtype: Any) -> tuple[Any, PyTree]:
-    """(graph, abstract parameters) of the DiT; no memory is taken."""
-    return nnx.split(nnx.eval_shape(lambda: CausalWanDiT(config.dit, dtype=dtype, rngs=nnx.Rngs(0))))
-
-
-@functools.cache
-def decoder_graph(config: ModelConfig, dtype: Any) -> tuple[Any, PyTree]:
-    """(graph, abstract parameters) of the VAE's decoder; no memory is taken."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config.vae, dtype=dtype, rngs=nnx.Rngs(0))))
-
-
 def wan_generator(
     config: ModelConfig, stream: StreamConfig, height: int, width: int, dtype: Any = jnp.float32
 ) -> Generator:
@@ -68,8 +56,8 @@ def wan_generator(
         height, width: pixels, multiples of 16.
         dtype: of parameters, activations and the KV cache.
     """
-    dit_graphdef, _ = dit_graph(config, dtype)
-    decoder_graphdef, decoder_abstract = decoder_graph(config, dtype)
+    dit_graphdef, _ = network_graph(config, "dit", dtype)
+    decoder_graphdef, decoder_abstract = network_graph(config, "decoder", dtype)
     schedule = few_step_schedule(stream)
     factor, f = config.vae.space_factor, stream.latent_frames_per_chunk
     latent = (height // factor, width // factor)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from streamt1_jax.config import ModelConfig, RunConfig
-from streamt1_jax.generator import decoder_graph, dit_graph, wan_generator
+from streamt1_jax.generator import wan_generator
+from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import gaussian_noise
 from streamt1_jax.rewards import native_long, native_short
 from streamt1_jax.stream import Search, init_state
-from streamt1_jax.weights import text_graph
 
 GIGABYTE = 1e9
 # As published, in bfloat16 (REWARD_BYTES are read from the files' sizes, not measured here).
@@ -66,9 +66,9 @@ def memory_plan(
     pixels = model.vae.time_factor * height * width
     decoding = 6 * itemsize * pixels * model.vae.dim * model.vae.dim_mult[0]
     entries = {
-        "text encoder": size_of(text_graph(model, dtype)[1]),
-        "DiT": size_of(dit_graph(model, dtype)[1]),
-        "VAE decoder": size_of(decoder_graph(model, dtype)[1]),
+        "text encoder": size_of(network_graph(model, "text", dtype)[1]),
+        "DiT": size_of(network_graph(model, "dit", dtype)[1]),
+        "VAE decoder": size_of(network_graph(model, "decoder", dtype)[1]),
         "prompt keys and values": 2 * layers * model.dit.text_len * heads * head_dim * itemsize,
         "KV caches": size_of((cache.k, cache.v)),
         "newest sinks, float32": size_of(cache.newest_sink),

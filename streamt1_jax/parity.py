@@ -1,7 +1,15 @@
 """`streamt1 parity CASE.safetensors`: replay a recorded PyTorch run and compare every number with it.
 
-A case is a safetensors file, in most kinds with a JSON file of its sizes beside it. Four kinds are known by what they
-hold: a whole Stream-T1 run, one forward with a LoRA, the VAE, and the text encoder. All arithmetic is float32.
+A case is a safetensors file, in most kinds with a JSON file of its sizes beside it; weights have the names of the
+published checkpoints after a prefix (`dit.model.`, `vae.`, `t5.`). The kind is known by what the files hold:
+
+- a Stream-T1 run (JSON: `config`, `dit`, `vae`, `latent_height`, `latent_width`, `rewards` in words, `candidates` in the
+  order tried, `history_seeds`, `final_scores`; tensors: `prompt_embeds`, `denoising_steps_warped`, `seeds` with the
+  `noise` and `renoise` of each, `beam{i}.latents` best first, `beam{i}.video` where recorded);
+- one forward with a LoRA (`base.`, `lora.`, `merged.`, `x`, `timestep`, `flow`, `x0`, `kv{layer}.k/v`);
+- the VAE (`pixels` to `encoded`, `latents` to `video`); the text encoder (`ids`, `mask` to `hidden`, `prompt_embeds`).
+
+All arithmetic is float32; no torch is needed.
 """
 
 import dataclasses
@@ -75,7 +83,7 @@ def replay(path: str | Path) -> list[Comparison]:
         ) from error
     raise BadInputError(
         f"{path} holds {sorted({key.split('.')[0] for key in tensors})}, expected a recorded Stream-T1 run, LoRA, "
-        "VAE or text encoder: see golden/README.md for the format, and keep its .json file beside it"
+        "VAE or text encoder: the format is described in streamt1_jax/parity.py; keep the .json file beside it"
     )
 
 
@@ -229,8 +237,10 @@ def _compare_candidates(trace: Any, recorded: list[dict[str, Any]]) -> Iterator[
 
 def _vae_config(sizes: Mapping[str, Any]) -> VAEConfig:
     known = {f.name for f in dataclasses.fields(VAEConfig)}
-    values: dict[str, Any] = {key: sizes[key] for key in known & sizes.keys()}
-    return VAEConfig(**{key: tuple(x) if isinstance(x, list) else x for key, x in values.items()})
+    values: dict[str, Any] = {}
+    for key in known & sizes.keys():
+        values[key] = tuple(sizes[key]) if isinstance(sizes[key], list) else sizes[key]
+    return VAEConfig(**values)
 
 
 def _replay_lora(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Iterator[Comparison]:
@@ -247,9 +257,7 @@ def _replay_lora(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Itera
     merged = {key: source.read(key) for key in source.shapes}
     recorded = _under(tensors, "merged.")
     yield equal("names of merged weights", sorted(merged), sorted(recorded))
-    ours, theirs = (
-        np.concatenate([weights[key].ravel() for key in sorted(recorded)]) for weights in (merged, recorded)
-    )
+    ours, theirs = (np.concatenate([w[key].ravel() for key in recorded]) for w in (merged, recorded))
     yield close("merged weights", ours, theirs, 1e-6)
 
     model = _build(lambda: CausalWanDiT(config, rngs=nnx.Rngs(0)), longlive_dit_rules(), merged, "dit")

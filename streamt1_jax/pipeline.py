@@ -22,6 +22,7 @@ from streamt1_jax.errors import BadInputError, RewardError
 from streamt1_jax.generator import Conditioning, Generator, wan_generator
 from streamt1_jax.models.attention import attention_path
 from streamt1_jax.models.umt5 import encode_prompt
+from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import NoiseFn, gaussian_noise, recorded_noise
 from streamt1_jax.result import ChunkResult, Output, beam_frames, beam_latents, to_chunk
 from streamt1_jax.rewards import PromptTable, Reward, resolve
@@ -30,7 +31,7 @@ from streamt1_jax.state import ChunkRecord
 from streamt1_jax.stream import Search, init_state, score_video, stream_chunks
 from streamt1_jax.text import Tokenizer, check_prompt
 from streamt1_jax.trace import Trace
-from streamt1_jax.weights import CheckpointWeights, MiniWeights, Weights, default_dtype, text_graph
+from streamt1_jax.weights import CheckpointWeights, MiniWeights, Weights, default_dtype
 
 FPS = 16
 ENDLESS_CHUNKS = 40  # an endless stream fuses its scores as a 30-second video does, the longest of the paper
@@ -115,7 +116,7 @@ class StreamT1Pipeline:
         """
         tokens = {p: self.tokenizer.encode(p, strict=strict) for p in dict.fromkeys(prompts) if p not in self._embeds}
         if tokens:
-            graphdef, _ = text_graph(self.config, self.dtype)
+            graphdef, _ = network_graph(self.config, "text", self.dtype)
             params = self._text_params or self.weights.text_params(self.dtype)
             if self._keep_text_encoder:
                 self._text_params = params
@@ -292,10 +293,8 @@ class StreamT1Pipeline:
             "attention": attention_path(self.dtype),
             "weights": self.weights.describe(),
             "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-            "versions": {
-                "streamt1-jax": __version__,
-                **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
-            },
+            "versions": {"streamt1-jax": __version__}
+            | {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
             "seconds": {
                 "total": time.perf_counter() - started,
                 "chunks": [chunk.seconds for chunk in trace.chunks],  # compilation is in the first two

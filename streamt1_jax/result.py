@@ -64,7 +64,7 @@ def to_chunk(record: ChunkRecord, index: int, config: RunConfig, seconds: float)
             sink_starts=starts,
             kept=ranks.get(flat),
             finite=bool(record.usable[beam, number]),
-            thumbnail=record.thumbnail[beam, number],
+            thumbnail=np.asarray(record.thumbnail[beam, number]),
         )
 
     def eviction(start: int, route: int) -> tuple[int, Any] | None:

@@ -3,7 +3,6 @@
 Both give the same three things: the networks' graphs, their parameters, and a plain description for the record.
 """
 
-import functools
 import math
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,8 +15,7 @@ from jaxtyping import PyTree
 
 from streamt1_jax.checkpoint import load_checkpoint, load_params
 from streamt1_jax.config import ModelConfig
-from streamt1_jax.generator import decoder_graph, dit_graph
-from streamt1_jax.models.umt5 import UMT5Encoder
+from streamt1_jax.networks import network_graph
 
 MINI_SEED = 0
 
@@ -38,12 +36,6 @@ class Weights(Protocol):
     def describe(self) -> dict[str, Any]:
         """What `run.json` says of them; `summary` is one line for people."""
         ...
-
-
-@functools.cache
-def text_graph(config: ModelConfig, dtype: Any) -> tuple[Any, PyTree]:
-    """(graph, abstract parameters) of the text encoder; no memory is taken."""
-    return nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config.text, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def random_params(abstract: PyTree, seed: int) -> PyTree:
@@ -76,12 +68,12 @@ class MiniWeights:
 
     def generator_params(self, dtype: Any) -> PyTree:
         return {
-            "dit": random_params(dit_graph(self.config, dtype)[1], MINI_SEED),
-            "decoder": random_params(decoder_graph(self.config, dtype)[1], MINI_SEED),
+            "dit": random_params(network_graph(self.config, "dit", dtype)[1], MINI_SEED),
+            "decoder": random_params(network_graph(self.config, "decoder", dtype)[1], MINI_SEED),
         }
 
     def text_params(self, dtype: Any) -> PyTree:
-        return random_params(text_graph(self.config, dtype)[1], MINI_SEED)
+        return random_params(network_graph(self.config, "text", dtype)[1], MINI_SEED)
 
     def describe(self) -> dict[str, Any]:
         return {

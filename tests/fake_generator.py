@@ -117,9 +117,10 @@ def fake_generator() -> Generator:
 
 def _short(videos, num_frames, prompt_index):
     """12 * mean(sin(5 * valid frames)) + the prompt's index / 8."""
-    valid = (jnp.arange(videos.shape[1]) < num_frames[:, None])[..., None, None, None]
-    total = jnp.where(valid, jnp.sin(5 * videos), 0.0).sum(axis=(1, 2, 3, 4))
-    scores = 12 * total / (num_frames.astype(jnp.float32) * H * W * 3) + prompt_index.astype(jnp.float32) / 8
+    valid = jnp.arange(videos.shape[1]) < num_frames[:, None]
+    each = jnp.sin(5 * videos).mean(axis=(2, 3, 4))
+    total = jnp.where(valid, each, 0.0).sum(axis=1) / num_frames.astype(jnp.float32)
+    scores = 12 * total + prompt_index.astype(jnp.float32) / 8
     return Verdict(scores, jnp.full(scores.shape, OK))
 
 
@@ -127,8 +128,8 @@ def _long(videos, num_frames, prompt_index):
     """The mean over valid frames t of 9 * cos(t) * mean(frame): it sees which frames there are, and their order."""
     t = jnp.arange(videos.shape[1])
     each = jnp.cos(t.astype(jnp.float32)) * videos.mean(axis=(2, 3, 4))
-    total = jnp.where(t < num_frames[:, None], each, 0.0).sum(axis=1)
-    scores = 9 * total / num_frames.astype(jnp.float32)
+    total = jnp.where(t < num_frames[:, None], each, 0.0).sum(axis=1) / num_frames.astype(jnp.float32)
+    scores = 9 * total
     return Verdict(scores, jnp.full(scores.shape, OK))
 
 

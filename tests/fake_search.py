@@ -73,6 +73,9 @@ class FakePipeline:
         cls.loaded.append((str(name), options))
         return cls()
 
+    def encode(self, prompts: list[str], *, strict: bool = False) -> None:
+        """The real one loads the text encoder here, once for all prompts."""
+
     def __call__(self, prompt: str, *, frames: int, on_chunk: Any, **settings: Any) -> FakeOutput:
         type(self).calls.append((prompt, {"frames": frames, **settings}))
         if self.fail is not None:

@@ -3,6 +3,7 @@
 The networks and rewards are those of `fake_generator.py`, by their own formulas in float64.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ class ReferenceSearch:
         for chunk in range(chunks):
             tried = [c for b, beam in enumerate(beams) for c in self.candidates(beam, b, chunk, chunks, seed)]
             order = sorted(range(len(tried)), key=lambda i: (-tried[i].score, i))
-            self.note(*(tried[a].score - tried[b].score for a, b in zip(order, order[1:], strict=False)))
+            self.note(*(tried[a].score - tried[b].score for a, b in itertools.pairwise(order)))
             parents, beams = beams, []
             for rank, i in enumerate(order[: self.beams]):
                 tried[i].kept = rank

@@ -24,10 +24,10 @@ from streamt1_jax.checkpoint import (
     NETWORKS,
     load_checkpoint,
     load_params,
-    network_graph,
     write_checkpoint,
 )
 from streamt1_jax.errors import BadInputError, WeightsError
+from streamt1_jax.networks import network_graph
 from streamt1_jax.params_store import params_sha256
 
 TESTS = Path(__file__).parent
@@ -99,10 +99,8 @@ def test_what_is_written_is_loaded(checkpoint, network):
 
 def test_the_decoder_alone(checkpoint):
     """A generator needs no encoder: the decoder's part of the VAE is what its own graph takes."""
-    from streamt1_jax.generator import decoder_graph
-
     params = load_params(load_checkpoint(checkpoint), "vae")["decoder"]
-    assert jax.tree.structure(params) == jax.tree.structure(decoder_graph(TINY, FLOAT32)[1])
+    assert jax.tree.structure(params) == jax.tree.structure(network_graph(TINY, "decoder", FLOAT32)[1])
 
 
 def test_types_change_only_when_asked(checkpoint):

@@ -30,8 +30,9 @@ from convert import hub
 from convert.cli import add_convert_parser, run_convert
 from convert.engine import Rule, convert, convert_pieces, plan
 from convert.sources import DictSource, open_folder
-from streamt1_jax.checkpoint import load_checkpoint, load_params, network_graph
+from streamt1_jax.checkpoint import load_checkpoint, load_params
 from streamt1_jax.errors import BadInputError, WeightsError
+from streamt1_jax.networks import network_graph
 from streamt1_jax.params_store import params_sha256
 
 
