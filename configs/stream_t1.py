@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.search.long_threshold = 0.2
     config.search.max_sink_size = 15
     config.search.ema_alpha = 0.999
+    config.search.sink_dtype = "float32"  # of the newest sink, in which an EMA gathers
     config.search.decode = "streaming"  # "window": as released, decodes the whole window anew for every score
 
     # What is asked of it; flags of the command line come after.

@@ -133,18 +133,22 @@ class Bench:
         self._run_staged(search, conditioning, steady + 1)
         self._run_fused(search, conditioning, steady + 1)
         with compilations() as compiled:
-            staged = [self._run_staged(search, conditioning, chunks)[steady:] for _ in range(repeats)]
-            fused = [self._run_fused(search, conditioning, chunks) for _ in range(repeats)]
+            staged, fused = [], []
+            for _ in range(repeats):  # in turn, so that a slow minute of the machine meets both
+                staged.append(self._run_staged(search, conditioning, chunks)[steady:])
+                fused.append(self._run_fused(search, conditioning, chunks))
         stage_seconds = {
             name: Spread.of([statistics.median(chunk[name] for chunk in run) for run in staged]) for name in STAGES
         }
         chunk = Spread.of([statistics.median(run[steady:]) for run in fused])
+        by_index = [statistics.median(run[i] for run in fused) for i in range(chunks)]
         return {
             "candidates": candidates,
             "grid": config.search.grid,
             "first_chunk_seconds": asdict(Spread.of([run[0] for run in fused])),
             "chunk_seconds": asdict(chunk),
-            "chunk_seconds_by_index": [statistics.median(run[i] for run in fused) for i in range(chunks)],
+            "chunk_seconds_by_index": by_index,
+            "late_over_early": statistics.median(by_index[-3:]) / statistics.median(by_index[steady : steady + 3]),
             "stage_seconds": {name: asdict(spread) for name, spread in stage_seconds.items()},
             "stages_over_chunk": sum(spread.median for spread in stage_seconds.values()) / chunk.median,
             "compiled_while_timing": len(compiled),
@@ -171,6 +175,21 @@ class Bench:
                 compile_both()
                 warm = compile_both()
         return {"cold": cold, "warm": warm}
+
+    def profile(self, candidates: int, folder: str, chunks: int = 3) -> None:
+        """A trace of steady chunks for XProf and Perfetto; every stage is a named scope."""
+        search = self.search(RunConfig(search=search_of(candidates)))
+        conditioning, state = self.conditioning(search), init_state(search, 0, 1)
+        steady = search.config.stream.sink_chunks + search.config.stream.window_chunks + 1
+        for index in range(steady):
+            state, _ = jitted_step(search, self.params, conditioning, state, first=index == 0)
+        jax.block_until_ready(state)
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            for index in range(chunks):
+                with jax.profiler.StepTraceAnnotation("chunk", step_num=steady + index):
+                    state, record = jitted_step(search, self.params, conditioning, state, first=False)
+                    jax.device_get(record)
+            jax.block_until_ready(state)
 
     def _run_fused(self, search: Search, conditioning: Conditioning, chunks: int) -> list[float]:
         state, seconds = init_state(search, 0, chunks), []
@@ -312,11 +331,22 @@ def run_bench(
     height: int,
     width: int,
     rewards: tuple[Reward, Reward] | None = None,
+    profile: str | None = None,
 ) -> dict[str, Any]:
-    """The whole report as plain data; see `bench_table` for people."""
+    """The whole report as plain data; see `bench_table` for people.
+
+    Args:
+        candidates: numbers of candidates a chunk, each measured.
+        chunks: of one video, enough for the window to fill.
+        repeats: warm runs.
+        profile: a folder for a profiler's trace of a few steady chunks of the last number of candidates.
+    """
     bench = Bench(model, height=height, width=width, dtype=dtype, rewards=rewards)
     text = bench.text_seconds(repeats)
     gc.collect()  # the text encoder's weights
+    runs = [bench.measure(n, chunks=chunks, repeats=repeats) for n in candidates]
+    if profile is not None:
+        bench.profile(candidates[-1], profile)
     return {
         "machine": machine(),
         "model": asdict(model),
@@ -328,7 +358,7 @@ def run_bench(
         "repeats": repeats,
         "text_seconds": asdict(text),
         "matmul_peak_flop_per_second": matmul_peak(dtype),
-        "runs": [bench.measure(n, chunks=chunks, repeats=repeats) for n in candidates],
+        "runs": runs,
     }
 
 
@@ -348,7 +378,7 @@ def _compilation_cache(folder: str | None) -> Iterator[None]:
     """Another persistent cache, or none, for a while."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    before = jax.config.read("jax_compilation_cache_dir")
+    before = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_compilation_cache_dir", folder)
     compilation_cache.reset_cache()
     try:

@@ -38,7 +38,9 @@ class Cache:
     start: Int[Array, "*B slots"]  # first latent frame of the chunk in each slot, or EMPTY
     route: Int[Array, "*B slots"]  # the Route its flags chose, for the chunks in the window
     appended: Int[Array, "*B"]  # sinks appended so far
-    newest_sink: KV | None  # the newest sink chunk in float32, the only one that can still change; None without sinking
+    newest_sink: (
+        KV | None
+    )  # the newest sink chunk, the only one that can still change, in `sink_dtype`; None without sinking
 
 
 class Evicted(NamedTuple):
@@ -53,7 +55,9 @@ def empty_cache(config: RunConfig, kv: jax.ShapeDtypeStruct) -> Cache:
     layers, *chunk = kv.shape
     slots = config.cache_slots
     storage = jnp.zeros((layers, slots, *chunk), kv.dtype)
-    newest = KV(*(jnp.zeros(kv.shape, jnp.float32) for _ in range(2))) if config.search.sinking else None
+    newest = None
+    if config.search.sinking:
+        newest = KV(*(jnp.zeros(kv.shape, config.search.sink_dtype) for _ in range(2)))
     marks = jnp.full((slots,), EMPTY, jnp.int32)
     return Cache(storage, storage, marks, jnp.full((slots,), Route.NONE, jnp.int32), jnp.int32(0), newest)
 
@@ -95,7 +99,7 @@ def commit_chunk(
     cache = _store(cache, kv, slot, start, route)
     if cache.newest_sink is not None:
         is_sink = chunk == sinks - 1
-        newest = (jnp.where(is_sink, x.astype(jnp.float32), old) for x, old in zip(kv, cache.newest_sink, strict=True))
+        newest = (jnp.where(is_sink, x.astype(old.dtype), old) for x, old in zip(kv, cache.newest_sink, strict=True))
         cache = dataclasses.replace(cache, newest_sink=KV(*newest))
     leaving_start = jnp.where(evicts, leaving_start, EMPTY)
     return cache, Evicted(leaving_start.astype(jnp.int32), taken.astype(jnp.int32))
@@ -128,7 +132,7 @@ def _route(cache: Cache, leaving: KV, leaving_start, wanted, config: RunConfig) 
 
     def next_sink(sink, moved, left):
         merged = ema_update(sink, moved, config.search.ema_alpha)
-        return jnp.where(appends, left.astype(jnp.float32), jnp.where(merges, merged, sink))
+        return jnp.where(appends, left.astype(sink.dtype), jnp.where(merges, merged.astype(sink.dtype), sink))
 
     newest = KV(*map(next_sink, cache.newest_sink, turned, leaving))
     target = jnp.where(appends, fixed + cache.appended, jnp.where(merges, newest_slot, config.cache_slots))

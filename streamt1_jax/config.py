@@ -26,6 +26,22 @@ def _is_int(value: Any, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
+def _are_sizes(*values: Any) -> bool:
+    """Whether a rule about these fields together makes sense yet; each has its own rule as well."""
+    return all(_is_int(value, 1) for value in values)
+
+
+def _size_rules(config: Any, *keys: str) -> list[tuple[bool, str]]:
+    values = {key: getattr(config, key) for key in keys}
+    return [
+        (_is_int(value, 1), f"{key} is {value!r}, expected an integer of at least 1") for key, value in values.items()
+    ]
+
+
+def _eps_rule(eps: Any) -> tuple[bool, str]:
+    return _is_number(eps) and 0 < eps < math.inf, f"eps is {eps!r}, expected a number above 0"
+
+
 def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
@@ -46,21 +62,21 @@ class DiTConfig:
     eps: float = 1e-6
 
     def __post_init__(self):
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "eps"}
-        rules = [
-            (_is_int(value, 1), f"{key} is {value!r}, expected an integer of at least 1")
-            for key, value in sizes.items()
-        ]
-        _check("dit", rules)
+        dim, heads, freq_dim = self.dim, self.num_heads, self.freq_dim
         _check(
             "dit",
             [
+                *_size_rules(self, *(f.name for f in dataclasses.fields(self) if f.name != "eps")),
+                _eps_rule(self.eps),
                 (
-                    self.dim % (2 * self.num_heads) == 0,
-                    f"dim {self.dim} does not split into {self.num_heads} heads of an even size",
+                    not _are_sizes(dim, heads) or dim % (2 * heads) == 0,
+                    f"dim {dim} does not split into {heads} heads of an even size",
                 ),
-                (self.freq_dim % 2 == 0, f"freq_dim {self.freq_dim} is odd"),
-                (self.in_dim == self.out_dim, f"in_dim {self.in_dim} differs from out_dim {self.out_dim}"),
+                (not _are_sizes(freq_dim) or freq_dim % 2 == 0, f"freq_dim {freq_dim} is odd"),
+                (
+                    not _are_sizes(self.in_dim, self.out_dim) or self.in_dim == self.out_dim,
+                    f"in_dim {self.in_dim} differs from out_dim {self.out_dim}",
+                ),
             ],
         )
 
@@ -88,18 +104,23 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
 
     def __post_init__(self):
+        mults, temporal = self.dim_mult, self.temporal_downsample
         _check(
             "vae",
             [
+                (_is_int(self.dim, 2) and self.dim % 2 == 0, f"dim is {self.dim!r}, expected an even integer"),
+                *_size_rules(self, "z_dim", "num_res_blocks"),
                 (
-                    _is_int(self.dim, 2) and self.dim % 2 == 0,
-                    f"dim is {self.dim!r}, expected an even integer",
+                    isinstance(mults, tuple) and _are_sizes(*mults),
+                    f"dim_mult is {mults!r}, expected integers of at least 1",
                 ),
-                (_is_int(self.z_dim, 1), f"z_dim is {self.z_dim!r}, expected an integer of at least 1"),
                 (
-                    len(self.dim_mult) == len(self.temporal_downsample) + 1,
-                    f"{len(self.dim_mult)} dim_mult need {len(self.dim_mult) - 1} temporal_downsample, "
-                    f"not {len(self.temporal_downsample)}",
+                    isinstance(temporal, tuple) and all(isinstance(t, bool) for t in temporal),
+                    f"temporal_downsample is {temporal!r}, expected True or False for each",
+                ),
+                (
+                    not (isinstance(mults, tuple) and isinstance(temporal, tuple)) or len(mults) == len(temporal) + 1,
+                    f"{mults!r} of dim_mult needs one temporal_downsample less, not {temporal!r}",
                 ),
             ],
         )
@@ -130,27 +151,8 @@ class UMT5Config:
     eps: float = 1e-6
 
     def __post_init__(self):
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "eps"}
-        _check(
-            "text",
-            [
-                (_is_int(value, 1), f"{key} is {value!r}, expected an integer of at least 1")
-                for key, value in sizes.items()
-            ],
-        )
-        _check(
-            "text",
-            [
-                (
-                    self.num_buckets >= 4 and self.num_buckets % 2 == 0,
-                    f"num_buckets is {self.num_buckets}, expected an even number of at least 4",
-                ),
-                (
-                    4 * self.max_distance > self.num_buckets,
-                    f"max_distance {self.max_distance} is not above a quarter of num_buckets {self.num_buckets}",
-                ),
-            ],
-        )
+        sizes = (f.name for f in dataclasses.fields(self) if f.name != "eps")
+        _check("text", [*_size_rules(self, *sizes), _eps_rule(self.eps)])
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class ModelConfig:
     width: int = 832
 
     def __post_init__(self):
+        multiple = PATCH * self.vae.space_factor
         _check(
             "model",
             [
@@ -175,6 +178,13 @@ class ModelConfig:
                     self.dit.text_dim == self.text.dim,
                     f"dit.text_dim {self.dit.text_dim} differs from text.dim {self.text.dim}",
                 ),
+                *(
+                    (
+                        _is_int(size, multiple) and size % multiple == 0,
+                        f"{key} is {size!r}, expected a multiple of {multiple}",
+                    )
+                    for key, size in (("height", self.height), ("width", self.width))
+                ),
             ],
         )
 
@@ -185,6 +195,25 @@ class ModelConfig:
     @classmethod
     def wan_14b(cls) -> "ModelConfig":
         return cls(dit=DiTConfig.wan_14b())
+
+    @classmethod
+    def tiny(cls) -> "ModelConfig":
+        """For tests and quick looks: every part is there and nothing takes long."""
+        return cls(
+            dit=DiTConfig(dim=96, ffn_dim=160, num_heads=4, num_layers=3, freq_dim=32, text_dim=48, text_len=16),
+            vae=VAEConfig(dim=8),
+            text=UMT5Config(vocab_size=1024, dim=48, num_heads=4, head_dim=12, ffn_dim=96, num_layers=2),
+            height=64,
+            width=96,
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """The sizes named `1.3b`, `14b`, `mini` or `tiny`."""
+        sizes = {"1.3b": cls.wan_1_3b, "14b": cls.wan_14b, "mini": cls.mini, "tiny": cls.tiny}
+        if name not in sizes:
+            raise BadInputError(f"preset {name!r} is unknown, expected one of {', '.join(sizes)}")
+        return sizes[name]()
 
     @classmethod
     def mini(cls) -> "ModelConfig":
@@ -210,15 +239,13 @@ class StreamConfig:
     context_noise: float = 0.0
 
     def __post_init__(self):
-        f = self.latent_frames_per_chunk
         steps = self.denoising_steps
-        _check(
-            "stream",
-            [(_is_int(f, 1), f"latent_frames_per_chunk is {f!r}, expected an integer of at least 1")],
-        )
+        # Lengths in chunks mean nothing while the chunk has no length.
+        f = self.latent_frames_per_chunk if _is_int(self.latent_frames_per_chunk, 1) else 1
         _check(
             "stream",
             [
+                *_size_rules(self, "latent_frames_per_chunk"),
                 (
                     _is_int(self.sink_size, f) and self.sink_size % f == 0,
                     f"sink_size is {self.sink_size!r}, expected a whole number of chunks of {f} frames, at least one",
@@ -278,17 +305,13 @@ class SearchConfig:
     short_mean_window: int | None = None  # chunks in the mean of the short score; None: all earlier ones
     max_sink_size: int = 15  # latent frames
     ema_alpha: float = 0.999
+    sink_dtype: str = "float32"  # or "bfloat16", which rounds most of an EMA with alpha 0.999 away
+    short_reward_frames: int | None = None  # frames of a chunk that the short reward is shown; None: all
     decode: str = "streaming"  # or "window", as released
 
     def __post_init__(self):
         positive = ("beams", "candidates_per_beam", "sliding_window_size", "max_sink_size")
-        rules = [
-            (
-                _is_int(getattr(self, key), 1),
-                f"{key} is {getattr(self, key)!r}, expected an integer of at least 1",
-            )
-            for key in positive
-        ]
+        rules = _size_rules(self, *positive)
         rules += [
             (isinstance(getattr(self, key), bool), f"{key} is {getattr(self, key)!r}, expected True or False")
             for key in ("noise_propagation", "pruning", "sinking")
@@ -312,6 +335,19 @@ class SearchConfig:
             (
                 window is None or _is_int(window, 1),
                 f"short_mean_window is {window!r}, expected None or an integer of at least 1",
+            )
+        )
+        shown = self.short_reward_frames
+        rules.append(
+            (
+                shown is None or _is_int(shown, 1),
+                f"short_reward_frames is {shown!r}, expected None or an integer of at least 1",
+            )
+        )
+        rules.append(
+            (
+                self.sink_dtype in ("float32", "bfloat16"),
+                f"sink_dtype is {self.sink_dtype!r}, expected 'float32' or 'bfloat16'",
             )
         )
         rules.append(

@@ -3,8 +3,8 @@
 A case is a safetensors file, in most kinds with a JSON file of its sizes beside it; weights have the names of the
 published checkpoints after a prefix (`dit.model.`, `vae.`, `t5.`). The kind is known by what the files hold:
 
-- a Stream-T1 run (JSON: `config`, `dit`, `vae`, `latent_height`, `latent_width`, `rewards` in words, `candidates` in the
-  order tried, `history_seeds`, `final_scores`; tensors: `prompt_embeds`, `denoising_steps_warped`, `seeds` with the
+- a Stream-T1 run (JSON: `config`, `dit`, `vae`, `latent_height`, `latent_width`, `rewards` in words, `candidates` in
+  the order tried, `history_seeds`, `final_scores`; tensors: `prompt_embeds`, `denoising_steps_warped`, `seeds` with the
   `noise` and `renoise` of each, `beam{i}.latents` best first, `beam{i}.video` where recorded);
 - one forward with a LoRA (`base.`, `lora.`, `merged.`, `x`, `timestep`, `flow`, `x0`, `kv{layer}.k/v`);
 - the VAE (`pixels` to `encoded`, `latents` to `video`); the text encoder (`ids`, `mask` to `hidden`, `prompt_embeds`).

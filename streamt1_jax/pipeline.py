@@ -27,6 +27,7 @@ from streamt1_jax.noise import NoiseFn, gaussian_noise, recorded_noise
 from streamt1_jax.result import ChunkResult, Output, beam_frames, beam_latents, to_chunk
 from streamt1_jax.rewards import PromptTable, Reward, resolve
 from streamt1_jax.settings import check_seed, check_size, legal_frames
+from streamt1_jax.sharding import candidate_mesh, place
 from streamt1_jax.state import ChunkRecord
 from streamt1_jax.stream import Search, init_state, score_video, stream_chunks
 from streamt1_jax.text import Tokenizer, check_prompt
@@ -64,7 +65,7 @@ class StreamT1Pipeline:
     >>> pipe("a red circle moves right", seconds=5, seed=42).save("out.mp4")
     """
 
-    def __init__(self, weights: Weights, *, dtype: Any = None, keep_text_encoder: bool = False):
+    def __init__(self, weights: Weights, *, dtype: Any = None, keep_text_encoder: bool = False, devices: int = 1):
         """Loads the DiT and the VAE's decoder; the text encoder is loaded when a prompt needs it.
 
         Args:
@@ -72,7 +73,9 @@ class StreamT1Pipeline:
             dtype: of parameters and activations; bfloat16 on an accelerator, float32 on a CPU, if None.
             keep_text_encoder: keep it in memory between prompts (11 GB at full size) instead of loading it
                 again for every call with new prompts.
+            devices: of this machine, that share the candidates of a chunk; the result is the same.
         """
+        self.devices = devices
         self.weights, self.config = weights, weights.config
         self.dtype = default_dtype() if dtype is None else jnp.dtype(dtype).type
         self.tokenizer = Tokenizer(
@@ -87,7 +90,13 @@ class StreamT1Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir: str | Path, *, dtype: Any = None, allow_cpu: bool = False, keep_text_encoder: bool = False
+        cls,
+        name_or_dir: str | Path,
+        *,
+        dtype: Any = None,
+        allow_cpu: bool = False,
+        keep_text_encoder: bool = False,
+        devices: int = 1,
     ) -> "StreamT1Pipeline":
         """The embedded model ("mini"), or the folder of a checkpoint converted by `streamt1 convert`.
 
@@ -106,7 +115,7 @@ class StreamT1Pipeline:
                 f"the model has {size / 1e9:.1f} billion parameters and the only device is a CPU, expected a GPU: "
                 "install jax[cuda12] or jax[cuda13], or pass allow_cpu (--allow-cpu) and wait for hours"
             )
-        return cls(weights, dtype=dtype, keep_text_encoder=keep_text_encoder)
+        return cls(weights, dtype=dtype, keep_text_encoder=keep_text_encoder, devices=devices)
 
     def encode(self, prompts: Sequence[str], *, strict: bool = False) -> list[Float[np.ndarray, "P text_dim"]]:
         """Prompt embeddings, remembered; the text encoder is loaded once for all that are new.
@@ -250,7 +259,9 @@ class StreamT1Pipeline:
                 reward if isinstance(reward, Reward) else resolve(reward, role, self.prompts)
                 for reward, role in zip(rewards, ("short", "long"), strict=True)
             )
-            self._searches[key] = Search(generator, short, long, _noise_fn(noise, generator, config), config)
+            mesh = candidate_mesh(config.search, self.devices) if self.devices > 1 else None
+            self.params = place(mesh, self.params)
+            self._searches[key] = Search(generator, short, long, _noise_fn(noise, generator, config), config, mesh)
         return self._searches[key]
 
     def _run(self, request: _Request) -> Iterator[ChunkResult]:

@@ -41,4 +41,4 @@ def flags_to_route(ema: Bool[Array, "*n"], append: Bool[Array, "*n"]) -> Int[Arr
 
 def ema_update(sink: Float[Array, "*n"], evicted: Float[Array, "*n"], alpha: float) -> Float[Array, "*n"]:
     """alpha * sink + (1 - alpha) * evicted, in float32: in bfloat16 a step of 0.001 would be rounded away."""
-    return alpha * sink + (1.0 - alpha) * evicted.astype(jnp.float32)
+    return alpha * sink.astype(jnp.float32) + (1.0 - alpha) * evicted.astype(jnp.float32)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped, UInt8, UInt32
 
 from streamt1_jax.cache import commit_chunk, empty_cache, past_of
@@ -24,6 +25,7 @@ from streamt1_jax.models.dit import KV
 from streamt1_jax.noise import NoiseFn, first_seeds, next_seeds, propagate
 from streamt1_jax.pruning import fuse, fusion_weight, keep_best
 from streamt1_jax.rewards.base import OK, Reward, Verdict
+from streamt1_jax.sharding import BEAMS, CANDIDATES, along, place
 from streamt1_jax.sink import flags_to_route, sink_flags
 from streamt1_jax.state import Beam, ChunkRecord, StreamState
 from streamt1_jax.types import Count
@@ -41,6 +43,7 @@ class Search:
     long: Reward
     noise: NoiseFn
     config: RunConfig
+    mesh: Mesh | None = None  # devices that share the candidates; None: one device
 
     @property
     def window(self) -> StreamingWindow | RedecodedWindow:
@@ -101,13 +104,14 @@ def init_state(search: Search, seed: int, total_chunks: int) -> StreamState:
         short_recent=jnp.zeros((recent,), jnp.float32),
         long=jnp.float32(0),
     )
-    return StreamState(
-        beams=jax.tree.map(lambda x: jnp.broadcast_to(x, (beams, *x.shape)), beam),
-        chunk=jnp.int32(0),
-        window_count=jnp.int32(0),
-        seed=jnp.uint32(seed),
-        total_frames=jnp.int32(total_chunks * search.config.stream.latent_frames_per_chunk),
-    )
+    beams_of_all = jax.tree.map(lambda x: jnp.broadcast_to(x, (beams, *x.shape)), beam)
+    numbers = {
+        "chunk": jnp.int32(0),
+        "window_count": jnp.int32(0),
+        "seed": jnp.uint32(seed),
+        "total_frames": jnp.int32(total_chunks * search.config.stream.latent_frames_per_chunk),
+    }
+    return StreamState(beams=place(search.mesh, beams_of_all, BEAMS), **place(search.mesh, numbers))
 
 
 def step(
@@ -138,6 +142,7 @@ def propose(
             if first
             else next_seeds(state.seed, state.chunk, state.beams.seed, candidates, propagation=propagation)
         )
+        seeds = along(search.mesh, seeds, BEAMS, CANDIDATES)
         start = state.chunk * search.config.stream.latent_frames_per_chunk
         blend = propagation and not first
 
@@ -155,7 +160,7 @@ def propose(
             return jax.vmap(candidate, in_axes=(0, None, None))(seeds, noise, past)
 
         noise, latents = jax.vmap(of_beam)(seeds, state.beams.noise, state.beams.cache)
-        return Candidates(seeds, noise, latents)
+        return along(search.mesh, Candidates(seeds, noise, latents), BEAMS, CANDIDATES)
 
 
 def watch(search: Search, params: PyTree, state: StreamState, candidates: Candidates, *, first: bool) -> Seen:
@@ -169,7 +174,8 @@ def judge(
 ) -> Scores:
     """Asks both rewards and fuses what they say; fixes the flags for the day of eviction (SPEC sections 5 and 6)."""
     with jax.named_scope("judge"):
-        short, short_failed = _ask(search.short, seen.chunk, seen.chunk.shape[2], conditioning)
+        shown = _evenly(seen.chunk, search.config.search.short_reward_frames)
+        short, short_failed = _ask(search.short, shown, shown.shape[2], conditioning)
         long, long_failed = _ask(search.long, seen.long, seen.long_valid, conditioning)
         f = search.config.stream.latent_frames_per_chunk
         alpha = fusion_weight(state.chunk * f, state.total_frames, f, search.config.search.short_score_fusion_cap)
@@ -177,6 +183,15 @@ def judge(
         usable = jnp.isfinite(fused) & jnp.isfinite(candidates.latents).all(axis=(2, 3, 4, 5))
         ema, append = _flags(search, state, short, long, first=first)
         return Scores(short, long, fused, alpha, ema, append, usable, short_failed | long_failed)
+
+
+def _evenly(video: Float[Array, "B K T H W 3"], count: int | None) -> Float[Array, "B K t H W 3"]:
+    """At most `count` frames, evenly spaced from the first to the last; one alone is the middle one."""
+    frames = video.shape[2]
+    if count is None or count >= frames:
+        return video
+    chosen = np.round(np.linspace(0, frames - 1, count)).astype(int) if count > 1 else np.array([frames // 2])
+    return video[:, :, chosen]
 
 
 def _ask(
@@ -250,6 +265,7 @@ def commit(
             long=winners.long,
         )
         _, window_count = search.window.next_count(state, first=first)
+        beams = along(search.mesh, beams, BEAMS)
         next_state = dataclasses.replace(state, beams=beams, chunk=state.chunk + 1, window_count=window_count)
         return next_state, ChunkRecord(
             seed=candidates.seed,

@@ -21,13 +21,16 @@ install_import_hook("streamt1_jax", "typechecking.checked")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from typechecking import check_arrays_only  # noqa: E402
+from typechecking import check_arrays_only, leave_to_itself  # noqa: E402
 
+from streamt1_jax import config  # noqa: E402
 from streamt1_jax.cache import Cache  # noqa: E402
 from streamt1_jax.state import Beam, StreamState  # noqa: E402
 
 for pytree in (Cache, Beam, StreamState):
     check_arrays_only(pytree)
+for name in ("DiTConfig", "VAEConfig", "UMT5Config", "ModelConfig", "StreamConfig", "SearchConfig", "RunConfig"):
+    leave_to_itself(getattr(config, name))
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

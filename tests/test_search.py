@@ -119,7 +119,7 @@ GRID = {**BUSY, "beams": 2, "candidates_per_beam": 2}
 CASES = {
     "one_beam_one_candidate": ({**BUSY, "beams": 1, "candidates_per_beam": 1}, 5, 7),
     "released_thresholds": ({"beams": 2, "candidates_per_beam": 2, "sliding_window_size": 10, "max_sinks": 3}, 8, 62),
-    "more_beams_than_candidates": ({**BUSY, "beams": 3, "candidates_per_beam": 2}, 8, 32),
+    "more_beams_than_candidates": ({**BUSY, "beams": 3, "candidates_per_beam": 2, "max_sinks": 3}, 9, 88),
     "more_candidates_than_beams": ({**BUSY, "beams": 1, "candidates_per_beam": 3, "noise_fusion_sigma": 0.9}, 8, 10),
     "window_decode": ({**GRID, "decode": "window"}, 8, 34),
     "window_decode_of_one": ({**GRID, "candidates_per_beam": 1, "decode": "window", "sliding_window_size": 1}, 6, 10),
