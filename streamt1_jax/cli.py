@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 FAILED = 1
+SHUTDOWN_SECONDS = 24 * 3600  # how long a host that is done waits for the others
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,6 +131,9 @@ def _add_generate(commands: Any) -> None:
     add("--strict", action="store_true", help="refuse a prompt that is too long instead of cutting it")
     add("--allow-cpu", action="store_true", help="run a full-size model without a GPU (very slow)")
     add("--devices", type=int, default=1, metavar="N", help="devices of this machine that share the candidates")
+    add("--coordinator", metavar="HOST:PORT", help="share a prompts file over --hosts machines, met at this address")
+    add("--hosts", type=int, default=1, metavar="N", help="how many machines share the prompts file")
+    add("--host", type=int, default=0, metavar="I", help="which of them this is, from 0")
     add("--progress", action="store_true", help="show the progress bar even where stderr is no terminal")
     parser.set_defaults(run=_run_generate)
 
@@ -160,6 +164,7 @@ def _run_generate(args: argparse.Namespace) -> int:
 
     _check_rewards(settings)
     enable_compilation_cache()
+    jobs = _of_this_host(args, jobs)
     with _memory_advice(settings.run):
         pipe = StreamT1Pipeline.from_pretrained(args.checkpoint, allow_cpu=args.allow_cpu, devices=args.devices)
         pipe.encode([job.prompt for job in jobs], strict=settings.generate.strict)  # the text encoder is loaded once
@@ -170,6 +175,25 @@ def _run_generate(args: argparse.Namespace) -> int:
             print(f"video   {job.paths.video}\nrecord  {job.paths.record}\ntree    {job.paths.tree}")
             print(f"weights {out.info['weights']['summary']}", flush=True)
     return 0
+
+
+def _of_this_host(args: argparse.Namespace, jobs: list["_Job"]) -> list["_Job"]:
+    """Every N-th prompt, where N machines share them. The machines meet at the start and wait for each other at the
+    end; a video is made by one of them alone, so its result does not depend on how many there are."""
+    if args.coordinator is None:
+        if (args.hosts, args.host) != (1, 0):
+            raise BadInputError("--hosts and --host came without --coordinator: give the address of host 0 to all")
+        return jobs
+    if not 0 <= args.host < args.hosts:
+        raise BadInputError(f"--host is {args.host}, expected 0 to {args.hosts - 1} for --hosts {args.hosts}")
+    if args.prompts_file is None:
+        raise BadInputError("--coordinator came without --prompts-file: one prompt cannot be shared over machines")
+    import jax
+
+    jax.distributed.initialize(
+        args.coordinator, num_processes=args.hosts, process_id=args.host, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+    )
+    return jobs[jax.process_index() :: jax.process_count()]
 
 
 def _check_rewards(settings: Settings) -> None:

@@ -261,18 +261,19 @@ def _replay_lora(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Itera
     yield close("merged weights", ours, theirs, 1e-6)
 
     model = _build(lambda: CausalWanDiT(config, rngs=nnx.Rngs(0)), longlive_dit_rules(), merged, "dit")
-    x, timestep = tensors["x"][0], tensors["timestep"]
+    x, prompt_embeds = (jnp.asarray(tensors[key][0]) for key in ("x", "prompt_embeds"))
+    timestep = float(tensors["timestep"])
 
     @jax.jit
     def forward():
-        text, time = model.encode_text(tensors["prompt_embeds"][0]), model.encode_time(jnp.asarray(timestep)[None])
+        text, time = model.encode_text(prompt_embeds), model.encode_time(jnp.array([timestep]))
         start = jnp.int32(0)
         return model(x, time, text, None, start), model.context(x, time, text, None, start)
 
     flow, kv = forward()
     yield close("flow", flow, tensors["flow"][0], LATENT_TOLERANCE)
     sigmas = scheduled_sigmas(StreamConfig().timestep_shift)
-    sigma = sigmas[np.abs(1000 * sigmas - timestep).argmin()]
+    sigma = float(sigmas[np.abs(1000 * sigmas - timestep).argmin()])
     yield close("x0", x - sigma * flow, tensors["x0"][0], LATENT_TOLERANCE)
     frames, _, height, width = x.shape
     angles = rope_angles(jnp.int32(0), frames, height // 2, width // 2, config.head_dim)

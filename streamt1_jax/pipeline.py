@@ -243,6 +243,7 @@ class StreamT1Pipeline:
             )
             chunks = (length + factor - 1) // (factor * f)
         made = self._search(config, height or trained[0], width or trained[1], rewards, noise)
+        self.params = place(made.mesh, self.params)
         (embeds,) = self.encode([prompt], strict=strict)
         index = jnp.int32(self.prompts.add(prompt))
         return _Request(prompt, seed, chunks, config, made, _prepare(made.generator, self.params, embeds, index))
@@ -260,7 +261,6 @@ class StreamT1Pipeline:
                 for reward, role in zip(rewards, ("short", "long"), strict=True)
             )
             mesh = candidate_mesh(config.search, self.devices) if self.devices > 1 else None
-            self.params = place(mesh, self.params)
             self._searches[key] = Search(generator, short, long, _noise_fn(noise, generator, config), config, mesh)
         return self._searches[key]
 

@@ -41,7 +41,7 @@ def test_defaults_are_the_released_ones():
 
 
 BAD = {
-    DiTConfig: {"dim": 0, "num_heads": 2.0, "freq_dim": 33, "eps": 0, "in_dim": 4, "out_dim": True},
+    DiTConfig: {"dim": 0, "num_heads": 2.0, "freq_dim": 33, "eps": 0, "in_dim": 0, "out_dim": True},
     VAEConfig: {"dim": 3, "z_dim": 0, "num_res_blocks": "2", "dim_mult": (1, 0), "temporal_downsample": (1, 0)},
     UMT5Config: {"vocab_size": -1, "dim": 1.5, "num_layers": None, "eps": math.nan},
     ModelConfig: {"height": 100, "width": -832},
