@@ -12,7 +12,6 @@ def get_config() -> ConfigDict:
             "search.beams": 1,
             "search.candidates_per_beam": 1,
             "search.noise_propagation": False,
-            "search.pruning": False,
             "search.sinking": False,
         }
     )

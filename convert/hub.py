@@ -1,12 +1,22 @@
-"""Published checkpoints, fetched through huggingface_hub at one commit, which goes into the manifest."""
+"""Where a published checkpoint lies: a path on this machine, or a repository of the hub at one commit.
+
+- No commit is pinned in this file: it was written without access to the hub, where alone a commit can be looked up.
+  The default revision is `main`; the hub resolves it to a commit when files are fetched, and the manifest records that
+  commit. `--revision` with it fetches the same files again.
+- LongLive needs a revision: this program converts its 1.0 line, and its `main` now holds LongLive 2.0.
+- Whatever is missing, the error says the command that downloads it.
+"""
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from streamt1_jax.errors import BadInputError, WeightsError
 
+WAN = "Wan-AI/Wan2.1-T2V-1.3B"
+WAN_DIFFUSERS = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 LONGLIVE = "Efficient-Large-Model/LongLive"
 SELF_FORCING = "gdhe17/Self-Forcing"
 
@@ -23,19 +33,32 @@ class Located(NamedTuple):
     path: Path
     origin: dict[str, str]
 
+    @property
+    def name(self) -> str:
+        """What people call it: a file's name, or a folder's or repository's without its owner."""
+        if "file" in self.origin:
+            return Path(self.origin["file"]).name
+        return self.origin["repo"].rpartition("/")[2] if "repo" in self.origin else self.path.resolve().name
 
-def locate_folder(source: str, revision: str | None, patterns: Sequence[str]) -> Located:
+
+def locate_folder(source: str, revision: str | None, patterns: Sequence[str], example: str = WAN) -> Located:
     """A folder given by its path, or the files of a hub repository that match `patterns`.
 
+    Args:
+        example: a repository that would do, for the message.
+
     Raises:
-        BadInputError: `source` is neither a folder nor the name of a repository.
-        WeightsError: the repository cannot be fetched and is not in the cache.
+        WeightsError: `source` is neither a folder nor the name of a repository, or the repository cannot be fetched
+            and is not in the cache.
+        BadInputError: a repository that needs a revision came without.
     """
     if Path(source).is_dir():
         return Located(Path(source), {"path": source})
     if Path(source).exists() or not _REPO.fullmatch(source):
-        raise BadInputError(
-            f"{source!r} is no folder, expected one or a hub repository such as Wan-AI/Wan2.1-T2V-1.3B. Check the path."
+        what = "is a file" if Path(source).exists() else "does not exist"
+        raise WeightsError(
+            f"{source!r} {what}, expected a folder or a hub repository. Check the path, give {example} to fetch it from "
+            f"the hub, or download it: {download_command(example)}"
         )
     return _fetch(source, revision, patterns)
 
@@ -44,20 +67,53 @@ def locate_file(source: str, revision: str | None, files: dict[str, str]) -> Loc
     """A file given by its path, or one of a hub repository: `REPO`, or `REPO:FILE` where it is not in `files`.
 
     Raises:
-        BadInputError: `source` is none of these.
-        WeightsError: the repository cannot be fetched and is not in the cache.
+        WeightsError: `source` is none of these, or the repository cannot be fetched and is not in the cache.
+        BadInputError: a repository that needs a revision came without.
     """
     if Path(source).exists():
         return Located(Path(source), {"path": source})
     repo, _, file = source.partition(":")
     file = file or files.get(repo, "")
     if not _REPO.fullmatch(repo) or not file or file.startswith("/") or ".." in file:
-        known = " or ".join(files)
-        raise BadInputError(
-            f"{source!r} is no file, expected one, or a hub repository ({known}), or REPO:FILE. Check the path."
+        commands = " or ".join(download_command(known, [name]) for known, name in files.items())
+        raise WeightsError(
+            f"{source!r} does not exist, expected a file, a hub repository ({' or '.join(files)}) or REPO:FILE. Check "
+            f"the path, give a repository, or download the file: {commands}{_commit_of(files)}"
         )
     located = _fetch(repo, revision, [file])
     return Located(located.path / file, located.origin | {"file": file})
+
+
+def require_files(folder: Located, files: Sequence[str], repo: str) -> None:
+    """Refuses a folder that lacks files of a published checkpoint.
+
+    Args:
+        repo: a repository that holds them.
+
+    Raises:
+        WeightsError: one error that lists all that are missing, with the command that downloads them.
+    """
+    missing = [name for name in files if not (folder.path / name).is_file()]
+    if not missing:
+        return
+    if "repo" in folder.origin:
+        source = folder.origin["repo"]
+        how = f"Give a repository that has them, such as {repo}."
+    else:
+        source = str(folder.path)
+        how = f"Download them: {download_command(repo, missing, folder.path)}"
+    raise WeightsError(f"{source}: no {', '.join(missing)}, expected the files of {repo}. {how}")
+
+
+def download_command(repo: str, files: Sequence[str] = (), folder: Path | None = None) -> str:
+    """The command that downloads files of a repository, or all of it, into a folder (named after it by default)."""
+    revision = ["--revision", "COMMIT"] if repo == LONGLIVE else []
+    words = ["hf", "download", repo, *files, *revision, "--local-dir", str(folder or repo.rpartition("/")[2])]
+    return shlex.join(words)
+
+
+def _commit_of(files: dict[str, str]) -> str:
+    return " (COMMIT: one of LongLive 1.0, main is 2.0 now)" if LONGLIVE in files else ""
 
 
 def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Located:
@@ -74,7 +130,8 @@ def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Located:
     except Exception as error:  # Of the hub, the network, its libraries and the disk: all end the same way here.
         name, first = type(error).__name__, " ".join(str(error).split())[:300]
         raise WeightsError(
-            f"{repo} at revision {revision or 'main'}: could not be fetched, nor found whole in the cache "
-            f"({name}: {first}). Check the name, the revision and the network, or give the path of a download."
+            f"{repo} at revision {revision or 'main'}: no path on this machine, could not be fetched from the hub, nor "
+            f"found whole in its cache ({name}: {first}). Check the name, the revision and the network, or give the "
+            "path of a download."
         ) from error
     return Located(path, {"repo": repo, "revision": path.name})

@@ -6,7 +6,6 @@ happened while timing is counted by JAX's own event and reported.
 """
 
 import contextlib
-import gc
 import os
 import platform
 import resource
@@ -14,9 +13,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from flax import nnx
 
 from streamt1_jax import __version__, flops
 from streamt1_jax import stream as stages
-from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
+from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig, StreamConfig
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.generator import Conditioning, wan_generator
 from streamt1_jax.memory import size_of
@@ -99,6 +98,8 @@ class Bench:
     ):
         self.model, self.dtype, self.size = model, dtype, (height, width)
         self.rewards = rewards or (native_short(), native_long())
+        stream = StreamConfig()
+        self.steady = stream.sink_chunks + stream.window_chunks + 1  # the first chunk to meet a full window
         self.params = {
             "dit": random_params(network_graph(model, "dit", dtype)[1], 0),
             "decoder": random_params(network_graph(model, "decoder", dtype)[1], 0),
@@ -121,94 +122,106 @@ class Bench:
         encode = jax.jit(lambda params, ids: encode_prompt(nnx.merge(graphdef, params), ids, jnp.ones_like(ids)))
         return Spread.of(_timed(lambda: encode(params, ids), repeats))
 
-    def measure(self, candidates: int, *, chunks: int, repeats: int) -> dict[str, Any]:
-        """Times `repeats` videos of `chunks` chunks with this many candidates, after one that warms up."""
-        config = RunConfig(search=search_of(candidates))
-        steady = config.stream.sink_chunks + config.stream.window_chunks + 1
-        if chunks < steady + 1:
-            raise BadInputError(f"--chunks is {chunks}, expected at least {steady + 1}: earlier the window is not full")
-        search = self.search(config)
-        conditioning = self.conditioning(search)
-        compile_seconds = self.compile_seconds(search, conditioning)
-        self._run_staged(search, conditioning, steady + 1)
-        self._run_fused(search, conditioning, steady + 1)
-        with compilations() as compiled:
-            staged, fused = [], []
-            for _ in range(repeats):  # in turn, so that a slow minute of the machine meets both
-                staged.append(self._run_staged(search, conditioning, chunks)[steady:])
-                fused.append(self._run_fused(search, conditioning, chunks))
+    def measure(self, candidates: tuple[int, ...], *, chunks: int, repeats: int) -> list[dict[str, Any]]:
+        """Times `repeats` videos of `chunks` chunks with each number of candidates, after one that warms up."""
+        if chunks < self.steady + 1:
+            raise BadInputError(
+                f"--chunks is {chunks}, expected at least {self.steady + 1}: earlier the window is not full"
+            )
+        lanes = self._lanes(candidates)
+        for _ in range(repeats):  # in turn, so that a slow minute of the machine meets all of them
+            for lane in lanes:
+                with compilations() as compiled:
+                    lane.videos.append(self._video(lane.search, lane.conditioning, chunks))
+                lane.compiled += len(compiled)
+        return [self._report(lane) for lane in lanes]
+
+    def _lanes(self, candidates: tuple[int, ...]) -> list["_Lane"]:
+        """Compiles everything, then warms up; what memory a lane takes is read before its stages run one by one."""
+        searches = [self.search(RunConfig(search=search_of(n))) for n in candidates]
+        conditionings = [self.conditioning(search) for search in searches]
+        lanes = []
+        with tempfile.TemporaryDirectory() as folder, _compilation_cache(folder):
+            seconds = [
+                {name: self._compile(search, conditioning) for name in ("cold", "warm")}
+                for search, conditioning in zip(searches, conditionings, strict=True)
+            ]
+            for lane in zip(candidates, searches, conditionings, seconds, strict=True):
+                lanes.append(_Lane(*lane, peak_bytes=self._peak(*lane[1:3])))
+                self._video(*lane[1:3], self.steady + 1)
+        return lanes
+
+    def _peak(self, search: Search, conditioning: Conditioning) -> dict[str, int]:
+        """The most memory after a video as users make it."""
+        state = init_state(search, 0, self.steady + 1)
+        for index in range(self.steady + 1):
+            state, _ = jitted_step(search, self.params, conditioning, state, first=index == 0)
+        jax.block_until_ready(state)
+        return peak_bytes()
+
+    def _report(self, lane: "_Lane") -> dict[str, Any]:
+        """What the chunks with a full window took."""
+        full = [video[self.steady :] for video in lane.videos]
         stage_seconds = {
-            name: Spread.of([statistics.median(chunk[name] for chunk in run) for run in staged]) for name in STAGES
+            name: Spread.of([statistics.median(chunk.stages[name] for chunk in video) for video in full])
+            for name in STAGES
         }
-        chunk = Spread.of([statistics.median(run[steady:]) for run in fused])
-        by_index = [statistics.median(run[i] for run in fused) for i in range(chunks)]
+        chunk = Spread.of([statistics.median(chunk.whole for chunk in video) for video in full])
+        over = statistics.median(sum(chunk.stages.values()) / chunk.whole for video in full for chunk in video)
+        by_index = [statistics.median(chunk.whole for chunk in same) for same in zip(*lane.videos, strict=True)]
         return {
-            "candidates": candidates,
-            "grid": config.search.grid,
-            "first_chunk_seconds": asdict(Spread.of([run[0] for run in fused])),
+            "candidates": lane.candidates,
+            "grid": lane.search.config.search.grid,
+            "first_chunk_seconds": asdict(Spread.of([video[0].whole for video in lane.videos])),
             "chunk_seconds": asdict(chunk),
             "chunk_seconds_by_index": by_index,
-            "late_over_early": statistics.median(by_index[-3:]) / statistics.median(by_index[steady : steady + 3]),
+            "late_over_early": statistics.median(by_index[-3:])
+            / statistics.median(by_index[self.steady : self.steady + 3]),
             "stage_seconds": {name: asdict(spread) for name, spread in stage_seconds.items()},
-            "stages_over_chunk": sum(spread.median for spread in stage_seconds.values()) / chunk.median,
-            "compiled_while_timing": len(compiled),
-            "compile_seconds": compile_seconds,
-            "host_bytes": self._host_bytes(search, conditioning),
-            "peak_bytes": peak_bytes(),
-            **self._rates(search, stage_seconds, chunk),
+            "stages_over_chunk": over,
+            "compiled_while_timing": lane.compiled,
+            "compile_seconds": lane.compile_seconds,
+            "host_bytes": self._host_bytes(lane.search, lane.conditioning),
+            "peak_bytes": lane.peak_bytes,
+            **self._rates(lane.search, stage_seconds, chunk),
         }
 
-    def compile_seconds(self, search: Search, conditioning: Conditioning) -> dict[str, float]:
-        """Both step programs, without and with a persistent compilation cache that holds them."""
+    def _compile(self, search: Search, conditioning: Conditioning) -> float:
+        """Seconds to trace and compile both step programs, or to find them in the persistent cache."""
         state = jax.eval_shape(lambda: init_state(search, 0, 1))
-
-        def compile_both() -> float:
-            jax.clear_caches()
-            started = time.perf_counter()
-            for first in (True, False):
-                jitted_step.lower(search, self.params, conditioning, state, first=first).compile()
-            return time.perf_counter() - started
-
-        with tempfile.TemporaryDirectory() as folder, _compilation_cache(None):
-            cold = compile_both()
-            with _compilation_cache(folder):
-                compile_both()
-                warm = compile_both()
-        return {"cold": cold, "warm": warm}
+        jax.clear_caches()
+        started = time.perf_counter()
+        for first in (True, False):
+            jitted_step.lower(search, self.params, conditioning, state, first=first).compile()
+        return time.perf_counter() - started
 
     def profile(self, candidates: int, folder: str, chunks: int = 3) -> None:
         """A trace of steady chunks for XProf and Perfetto; every stage is a named scope."""
         search = self.search(RunConfig(search=search_of(candidates)))
         conditioning, state = self.conditioning(search), init_state(search, 0, 1)
-        steady = search.config.stream.sink_chunks + search.config.stream.window_chunks + 1
-        for index in range(steady):
+        for index in range(self.steady):
             state, _ = jitted_step(search, self.params, conditioning, state, first=index == 0)
         jax.block_until_ready(state)
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             for index in range(chunks):
-                with jax.profiler.StepTraceAnnotation("chunk", step_num=steady + index):
+                with jax.profiler.StepTraceAnnotation("chunk", step_num=self.steady + index):
                     state, record = jitted_step(search, self.params, conditioning, state, first=False)
                     jax.device_get(record)
             jax.block_until_ready(state)
 
-    def _run_fused(self, search: Search, conditioning: Conditioning, chunks: int) -> list[float]:
-        state, seconds = init_state(search, 0, chunks), []
+    def _video(self, search: Search, conditioning: Conditioning, chunks: int) -> list["_Chunk"]:
+        """Every chunk of a video is made twice from the same state, stage by stage and by the one program."""
+        state, timed = init_state(search, 0, chunks), []
         jax.block_until_ready(state)
         for index in range(chunks):
+            clock = _Clock()
+            staged_step(search, self.params, conditioning, state, first=index == 0, clock=clock)
             started = time.perf_counter()
             state, record = jitted_step(search, self.params, conditioning, state, first=index == 0)
             jax.device_get(record)
             jax.block_until_ready(state)
-            seconds.append(time.perf_counter() - started)
-        return seconds
-
-    def _run_staged(self, search: Search, conditioning: Conditioning, chunks: int) -> list[dict[str, float]]:
-        state, result = init_state(search, 0, chunks), []
-        for index in range(chunks):
-            clock = _Clock()
-            state = staged_step(search, self.params, conditioning, state, first=index == 0, clock=clock)
-            result.append(clock.seconds)
-        return result
+            timed.append(_Chunk(clock.seconds, time.perf_counter() - started))
+        return timed
 
     def _host_bytes(self, search: Search, conditioning: Conditioning) -> int:
         """Bytes of one chunk's record, and of the frames that host rewards are sent."""
@@ -238,6 +251,26 @@ class Bench:
             "flop": work,
             "flop_per_second": {name: flop / seconds[name].median for name, flop in work.items()},
         }
+
+
+class _Chunk(NamedTuple):
+    """Seconds of one chunk."""
+
+    stages: dict[str, float]
+    whole: float  # as one program, with its record on the host
+
+
+@dataclass
+class _Lane:
+    """One number of candidates, ready to run, and what was measured of it."""
+
+    candidates: int
+    search: Search
+    conditioning: Conditioning
+    compile_seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+    videos: list[list[_Chunk]] = field(default_factory=list)
+    compiled: int = 0
 
 
 class _Clock:
@@ -342,9 +375,8 @@ def run_bench(
         profile: a folder for a profiler's trace of a few steady chunks of the last number of candidates.
     """
     bench = Bench(model, height=height, width=width, dtype=dtype, rewards=rewards)
-    text = bench.text_seconds(repeats)
-    gc.collect()  # the text encoder's weights
-    runs = [bench.measure(n, chunks=chunks, repeats=repeats) for n in candidates]
+    runs = bench.measure(candidates, chunks=chunks, repeats=repeats)
+    text = bench.text_seconds(repeats)  # last: the peak memory of the runs is without the text encoder
     if profile is not None:
         bench.profile(candidates[-1], profile)
     return {

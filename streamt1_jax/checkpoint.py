@@ -150,31 +150,44 @@ class Checkpoint:
         return self.dir / "tokenizer"
 
 
-def load_checkpoint(folder: Path | str) -> Checkpoint:
-    """Verifies a converted checkpoint: every file of the manifest, its size and its sha256.
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """The sizes and the manifest of a converted checkpoint; its other files are left to `verify`.
 
     Raises:
-        WeightsError: there is no checkpoint (with the command that makes one), it is of another version, or
-            files are missing or changed; one error lists them all.
+        WeightsError: there is no checkpoint (with the command that makes one), or it is of another version.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise WeightsError(f"{folder}: no such folder, expected a converted checkpoint. Make one: {_how_to(folder)}")
-    if not (folder / "manifest.json").is_file():
-        raise WeightsError(
-            f"{folder}: has no manifest.json, expected a converted checkpoint. "
-            f"Convert PyTorch weights into a new folder first: {_how_to(folder.with_name(folder.name + '-jax'))}"
-        )
     manifest = _read_manifest(folder)
+    _refuse_changed(folder, {"config.json": manifest["files"]["config.json"]})
+    return Checkpoint(folder, _read_config(folder), manifest)
+
+
+def load_checkpoint(folder: Path | str) -> Checkpoint:
+    """Opens a converted checkpoint and verifies every file of its manifest, its size and its sha256.
+
+    Raises:
+        WeightsError: as `open_checkpoint`; or files are missing or changed, one error lists them all.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    _refuse_changed(folder, manifest["files"])
+    return Checkpoint(folder, _read_config(folder), manifest)
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """What `load_checkpoint` checks, of an opened checkpoint."""
+    _refuse_changed(checkpoint.dir, checkpoint.manifest["files"])
+
+
+def _refuse_changed(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     with ThreadPoolExecutor() as pool:  # hashlib lets other threads run.
-        found = pool.map(lambda item: _file_problem(folder, *item), manifest["files"].items())
+        found = pool.map(lambda item: _file_problem(folder, *item), files.items())
         problems = [problem for problem in found if problem]
     if problems:
         raise WeightsError(
             f"{folder}: {len(problems)} files are not as they were written: {'; '.join(problems)}. Convert the weights "
             "again, or copy the folder again."
         )
-    return Checkpoint(folder, _config_from_dict(json.loads((folder / "config.json").read_text())), manifest)
 
 
 def _how_to(out: Path) -> str:
@@ -185,6 +198,13 @@ def _how_to(out: Path) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise WeightsError(f"{folder}: no such folder, expected a converted checkpoint. Make one: {_how_to(folder)}")
+    if not (folder / "manifest.json").is_file():
+        raise WeightsError(
+            f"{folder}: has no manifest.json, expected a converted checkpoint. "
+            f"Convert PyTorch weights into a new folder first: {_how_to(folder.with_name(folder.name + '-jax'))}"
+        )
     path, seal = folder / "manifest.json", folder / "manifest.sha256"
     found = file_sha256(path)
     expected = seal.read_bytes() if seal.is_file() else b"nothing: it is missing"
@@ -208,7 +228,9 @@ def _file_problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     return None if sha256 == entry["sha256"] else f"{name} has sha256 {sha256}, expected {entry['sha256']}"
 
 
-def _config_from_dict(values: dict[str, Any]) -> ModelConfig:
+def _read_config(folder: Path) -> ModelConfig:
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+
     def tuples(fields: dict[str, Any]) -> dict[str, Any]:
         return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
 

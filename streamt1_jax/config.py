@@ -366,7 +366,25 @@ class SearchConfig:
     @classmethod
     def longlive(cls) -> "SearchConfig":
         """Plain LongLive streaming: one candidate, fresh noise, every eviction dropped (SPEC section 9)."""
-        return cls(beams=1, candidates_per_beam=1, noise_propagation=False, sinking=False, pruning=False)
+        return cls(beams=1, candidates_per_beam=1, noise_propagation=False, sinking=False)
+
+
+def check_sinks(chunk: int, sink_size: int, max_sink_size: int) -> None:
+    """What the two sections must agree on; latent frames.
+
+    Raises:
+        BadInputError: room for fewer sinks than there are at the start, or for a part of a chunk.
+    """
+    _check(
+        "search",
+        [
+            (max_sink_size >= sink_size, f"max_sink_size {max_sink_size} is below stream.sink_size {sink_size}"),
+            (
+                max_sink_size % chunk == 0,
+                f"max_sink_size {max_sink_size} is not a whole number of chunks of {chunk} latent frames",
+            ),
+        ],
+    )
 
 
 @dataclass(frozen=True)
@@ -377,14 +395,7 @@ class RunConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self):
-        f, low, high = self.stream.latent_frames_per_chunk, self.stream.sink_size, self.search.max_sink_size
-        _check(
-            "search",
-            [
-                (high >= low, f"max_sink_size {high} is below stream.sink_size {low}"),
-                (high % f == 0, f"max_sink_size {high} is not a whole number of chunks of {f} latent frames"),
-            ],
-        )
+        check_sinks(self.stream.latent_frames_per_chunk, self.stream.sink_size, self.search.max_sink_size)
 
     @property
     def appended_chunks(self) -> int:

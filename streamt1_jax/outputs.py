@@ -178,4 +178,6 @@ def _plain(data: Any) -> Any:
         return [_plain(value) for value in data]
     if hasattr(data, "item") and getattr(data, "ndim", 0) == 0:  # a NumPy or JAX number
         data = data.item()
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    if isinstance(data, float) and math.isinf(data):
+        return str(data)  # a threshold may be infinite, and JSON has no number for it
+    return None if isinstance(data, float) and math.isnan(data) else data

@@ -1,6 +1,7 @@
 """The friendly shell around the pure search: prompts in, videos out."""
 
 import dataclasses
+import hashlib
 import itertools
 import time
 import warnings
@@ -26,7 +27,7 @@ from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import NoiseFn, gaussian_noise, recorded_noise
 from streamt1_jax.result import ChunkResult, Output, beam_frames, beam_latents, to_chunk
 from streamt1_jax.rewards import PromptTable, Reward, resolve
-from streamt1_jax.settings import check_seed, check_size, legal_frames
+from streamt1_jax.settings import check_seed, check_size, chunks_of, legal_frames
 from streamt1_jax.sharding import candidate_mesh, place
 from streamt1_jax.state import ChunkRecord
 from streamt1_jax.stream import Search, init_state, score_video, stream_chunks
@@ -131,8 +132,12 @@ class StreamT1Pipeline:
                 self._text_params = params
             for prompt, prompt_tokens in tokens.items():
                 embeds = _encode(graphdef, params, prompt_tokens.ids, prompt_tokens.mask)
-                self._embeds[prompt] = np.asarray(embeds)
-        return [self._embeds[p] for p in prompts]
+                self._embeds[prompt] = np.asarray(embeds)[: prompt_tokens.mask.sum()]
+        return [self._pad(self._embeds[p]) for p in prompts]
+
+    def _pad(self, rows: Float[np.ndarray, "p text_dim"]) -> Float[np.ndarray, "P text_dim"]:
+        """The zero rows past the prompt, which are most of them and not kept."""
+        return np.pad(rows, ((0, self.config.dit.text_len - len(rows)), (0, 0)))
 
     def __call__(
         self,
@@ -241,7 +246,7 @@ class StreamT1Pipeline:
             length = legal_frames(
                 frames=frames, seconds=seconds, latent_frames_per_chunk=f, fps=FPS, time_factor=factor
             )
-            chunks = (length + factor - 1) // (factor * f)
+            chunks = chunks_of(length, config.stream, time_factor=factor)
         made = self._search(config, height or trained[0], width or trained[1], rewards, noise)
         self.params = place(made.mesh, self.params)
         (embeds,) = self.encode([prompt], strict=strict)
@@ -250,7 +255,7 @@ class StreamT1Pipeline:
 
     def _search(self, config: RunConfig, height: int, width: int, rewards, noise: NoiseSource) -> Search:
         """One `Search` for all calls that share its settings, so that the second compiles nothing."""
-        key = (config, height, width, tuple(rewards), noise if noise is None or callable(noise) else id(noise))
+        key = (config, height, width, tuple(rewards), _noise_key(noise))
         if key not in self._searches:
             size = (config.stream, height, width)
             if size not in self._generators:
@@ -296,6 +301,7 @@ class StreamT1Pipeline:
             "seed": request.seed,
             "history_seeds": [c.seed for c in trace.winning_path()],
             "config": dataclasses.asdict(request.config),
+            "grid": dict(zip(("beams", "candidates_per_beam"), request.config.search.grid, strict=True)),  # as run
             "rewards": {"short": search.short.name, "long": search.long.name},
             "size": {"height": search.generator.frame_shape[0], "width": search.generator.frame_shape[1]},
             "latent_frames": len(latents),
@@ -316,6 +322,13 @@ class StreamT1Pipeline:
 @jax.jit(static_argnames="graphdef")
 def _encode(graphdef, params, ids, mask):
     return encode_prompt(nnx.merge(graphdef, params), ids, mask)
+
+
+def _noise_key(noise: NoiseSource) -> Any:
+    """Equal for equal noise: recorded arrays are constants of the program, so new contents are a new program."""
+    if noise is None or callable(noise):
+        return noise
+    return tuple((key, hashlib.sha256(np.asarray(x).tobytes()).hexdigest()) for key, x in noise.items())
 
 
 def _noise_fn(noise: NoiseSource, generator: Generator, config: RunConfig) -> NoiseFn:

@@ -18,7 +18,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-from streamt1_jax.config import MAX_SEED, RunConfig, SearchConfig, StreamConfig
+from streamt1_jax.config import MAX_SEED, RunConfig, SearchConfig, StreamConfig, check_sinks
 from streamt1_jax.errors import BadInputError
 
 T = TypeVar("T")
@@ -64,6 +64,8 @@ class Settings:
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
 
 
+MAX_FRAMES = 2**31 - 1  # of one video: positions are 32-bit integers on the device
+
 SECTIONS: dict[str, type] = {
     "stream": StreamConfig,
     "search": SearchConfig,
@@ -102,12 +104,27 @@ def load_settings(config_file: str | Path | None = None, overrides: Sequence[str
             section, name, value = entry
             sections[section][name] = value
     stream, search, generate, rewards = (collect(cls, **sections[name]) for name, cls in SECTIONS.items())
-    run = collect(RunConfig, stream, search) if stream and search else None
+    if stream and search:
+        run = collect(RunConfig, stream, search)
+    else:  # what is wrong between the sections is told too, as far as its numbers are numbers
+        run, numbers = None, _sink_numbers(sections)
+        if all(_is_integer(number) and number > 0 for number in numbers):
+            collect(check_sinks, *numbers)
     if stream and generate:
         collect(generate.num_frames, stream)
     if run is None or generate is None or rewards is None or problems:
         raise BadInputError("; ".join(problems))
     return Settings(run, generate, rewards)
+
+
+def _sink_numbers(sections: dict[str, dict[str, Any]]) -> list[Any]:
+    """The arguments of `check_sinks`, as given or by default."""
+    stream, search = StreamConfig(), SearchConfig()
+    return [
+        sections["stream"].get("latent_frames_per_chunk", stream.latent_frames_per_chunk),
+        sections["stream"].get("sink_size", stream.sink_size),
+        sections["search"].get("max_sink_size", search.max_sink_size),
+    ]
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
@@ -116,7 +133,9 @@ def _read_config_file(path: Path) -> dict[str, Any]:
 
     name, form = f"config {str(path)!r}", "see configs/stream_t1.py for the form expected"
     if not path.is_file():
-        raise BadInputError(f"{name} is not a file, expected Python with get_config(): check the path")
+        raise BadInputError(
+            f"{name} is not a file, expected Python with get_config(), such as configs/longlive.py of the repository"
+        )
     try:
         scope = runpy.run_path(str(path))
         config = scope["get_config"]() if "get_config" in scope else None
@@ -260,17 +279,22 @@ def legal_frames(
             a positive number; both or neither given.
     """
     per_chunk, missing = time_factor * latent_frames_per_chunk, time_factor - 1
+    longest = MAX_FRAMES // per_chunk * per_chunk - missing
     if (frames is None) == (seconds is None):
         raise BadInputError(
             f"frames is {frames!r} and seconds is {seconds!r}, expected exactly one of the two: set the other to none"
         )
     if frames is None:
-        if not _is_real(seconds) or not 0 < seconds < math.inf:
-            raise BadInputError(f"seconds is {seconds!r}, expected a number above 0: try 5, which is 81 frames")
+        if not _is_real(seconds) or not 0 < seconds * fps <= longest:
+            raise BadInputError(
+                f"seconds is {seconds!r}, expected above 0 and at most {longest // fps}: try 5, which is 81 frames"
+            )
         chunks = math.floor((seconds * fps + missing) / per_chunk + 0.5)
         return max(chunks, 1) * per_chunk - missing
-    if not _is_real(frames) or not math.isfinite(frames):
-        raise BadInputError(f"frames is {frames!r}, expected a whole number {per_chunk}k - {missing}: try 81")
+    if not _is_real(frames) or not abs(frames) <= longest:
+        raise BadInputError(
+            f"frames is {frames!r}, expected a whole number {per_chunk}k - {missing} up to {longest}: try 81"
+        )
     lower = max((math.floor(frames) + missing) // per_chunk, 1) * per_chunk - missing
     if not _is_integer(frames) or frames != lower:
         raise BadInputError(

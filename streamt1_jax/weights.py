@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from streamt1_jax.checkpoint import load_checkpoint, load_params
+from streamt1_jax.checkpoint import load_params, open_checkpoint, verify
 from streamt1_jax.config import ModelConfig
 from streamt1_jax.networks import network_graph
 
@@ -84,14 +84,15 @@ class MiniWeights:
 
 
 class CheckpointWeights:
-    """A folder that `streamt1 convert` wrote, verified when it is opened."""
+    """A folder that `streamt1 convert` wrote; every file is verified before its parameters are read."""
 
     def __init__(self, folder: str | Path):
-        self.checkpoint = load_checkpoint(folder)
+        self.checkpoint = open_checkpoint(folder)
         self.config = self.checkpoint.config
         self.tokenizer = self.checkpoint.tokenizer_dir
 
     def generator_params(self, dtype: Any) -> PyTree:
+        verify(self.checkpoint)
         vae = load_params(self.checkpoint, "vae", dtype)
         return {"dit": load_params(self.checkpoint, "dit", dtype), "decoder": vae["decoder"]}
 
@@ -103,7 +104,7 @@ class CheckpointWeights:
         hashes = {name: entry["params_sha256"] for name, entry in manifest["networks"].items()}
         return {
             "name": self.checkpoint.dir.name,
-            "summary": f"converted from {manifest['origin']}",
+            "summary": manifest["origin"]["summary"],
             "trained": True,
             "origin": manifest["origin"],
             "params_sha256": hashes,

@@ -92,7 +92,7 @@ def test_everything_asked_for_reaches_the_pipeline(capsys, pipeline):
     flags = "--checkpoint folder --seconds 1 --height 64 --width 96 --rewards native --strict --allow-cpu"
     flags += " --set search.beams=3"
     assert run(capsys, "generate", PROMPT, "--out", "a.mp4", *flags.split())[0] == 0
-    assert pipeline.loaded == [("folder", {"allow_cpu": True})]
+    assert pipeline.loaded == [("folder", {"allow_cpu": True, "devices": 1})]
     ((prompt, settings),) = pipeline.calls
     config = settings.pop("config")
     assert (prompt, config.search.beams) == (PROMPT, 3)
@@ -108,7 +108,7 @@ def test_everything_asked_for_reaches_the_pipeline(capsys, pipeline):
 
 def test_the_defaults_are_five_seconds_of_the_embedded_model(capsys, pipeline):
     assert run(capsys, "generate", PROMPT, "--out", "a.mp4")[0] == 0
-    assert pipeline.loaded == [("mini", {"allow_cpu": False})]
+    assert pipeline.loaded == [("mini", {"allow_cpu": False, "devices": 1})]
     assert pipeline.calls[0][1]["frames"] == 81
 
 

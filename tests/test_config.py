@@ -143,7 +143,7 @@ def test_without_sinking_there_is_no_room_for_sinks():
 def test_longlive_is_plain_streaming():
     search = SearchConfig.longlive()
     assert search.grid == (1, 1)
-    assert (search.noise_propagation, search.sinking, search.pruning) == (False, False, False)
+    assert (search.noise_propagation, search.sinking) == (False, False)
 
 
 def test_slots_of_other_layouts():

@@ -27,7 +27,8 @@ def test_stream_t1_is_the_default_spelt_out():
     assert settings.run == RunConfig()
     assert settings.generate == dataclasses.replace(load_settings().generate, seconds=5.0)
     text = file("stream_t1").read_text()
-    unset = {"search.short_mean_window", "generate.frames", "generate.height", "generate.width"}  # None
+    unset = {"search.short_mean_window", "search.short_reward_frames"}  # None
+    unset |= {"generate.frames", "generate.height", "generate.width"}  # None
     assert {key for key in KEYS if f"config.{key} = " not in text} == unset
 
 

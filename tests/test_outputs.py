@@ -188,4 +188,4 @@ def test_json_is_plain_strict_and_unicode(tmp_path):
     text = (tmp_path / "out.json").read_text(encoding="utf-8")
     assert "кот 🐈" in text
     read = json.loads(text, parse_constant=pytest.fail)
-    assert read == {"prompt": "кот 🐈", "score": None, "numbers": [0.5, 3, True, None], "3": [None, True]}
+    assert read == {"prompt": "кот 🐈", "score": None, "numbers": [0.5, 3, True, "-inf"], "3": [None, True]}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compare import assert_close, assert_equal
-from fake_generator import CHUNK, STEPS, F, fake_generator, fake_params, fake_rewards
+from fake_generator import CHUNK, STEPS, F, H, W, fake_generator, fake_params, fake_rewards
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference_search import ReferenceSearch, Result
@@ -22,7 +22,7 @@ from streamt1_jax.noise import recorded_noise
 from streamt1_jax.result import beam_latents, to_chunk
 from streamt1_jax.rewards.base import FAILED, Reward, Verdict
 from streamt1_jax.sink import Route
-from streamt1_jax.stream import Search, init_state, stream_chunks
+from streamt1_jax.stream import Search, init_state, score_video, stream_chunks
 from streamt1_jax.trace import Trace
 
 ATOL = 3e-5  # float32 against float64
@@ -311,6 +311,27 @@ def test_rewards_see_the_pixels_they_ask_for(pixels):
             assert valid == len(video), f"{role} of chunk {number}"
             got = got[0, :valid] if pixels == "uint8" else np.round(got[0, :valid] * 255)
             assert_equal(f"{role} of chunk {number}", got.astype(np.uint8), video)
+
+
+@pytest.mark.parametrize("pixels", ["uint8", "float32"])
+def test_a_finished_video_is_scored_whatever_its_length(pixels, compile_count):
+    """Padding does not count, and lengths up to the next power of two share a program."""
+
+    def call(videos, num_frames, prompt_index):
+        assert videos.dtype == jnp.dtype(pixels)
+        assert videos.shape[1] == 8
+        scores = jnp.where(jnp.arange(8) < num_frames[:, None], videos.astype(jnp.float32).sum(axis=(2, 3, 4)), 0.0)
+        return Verdict(scores.sum(axis=1) + prompt_index.astype(jnp.float32), jnp.zeros(len(videos), int))
+
+    reward = Reward("sum", call, pixels, "jax")
+    video = np.random.default_rng(0).integers(0, 256, (8, H, W, 3), dtype=np.uint8)
+    score_video(reward, video, jnp.int32(0))
+    before = compile_count.value
+    for length in (5, 7, 8):
+        scale = 1 if pixels == "uint8" else 255
+        expected = video[:length].sum() / scale + 2
+        assert score_video(reward, video[:length], jnp.int32(2)) == pytest.approx(expected, rel=1e-6)
+    assert compile_count.value == before
 
 
 def test_thumbnails_are_small_and_of_the_middle_frame():

@@ -101,13 +101,17 @@ class PromptTable:
     """The prompts that rewards on the host read, by index. Mutable: a run may add prompts between chunks."""
 
     def __init__(self, prompts: Iterable[str] = ()):
-        self._texts: list[str] = list(prompts)
+        self._texts: list[str] = []
+        self._places: dict[str, int] = {}
+        for prompt in prompts:
+            self.add(prompt)
 
     def add(self, prompt: str) -> int:
         """The index of `prompt`, which is added if it is not in the table yet."""
-        if prompt not in self._texts:
+        if prompt not in self._places:
+            self._places[prompt] = len(self._texts)
             self._texts.append(prompt)
-        return self._texts.index(prompt)
+        return self._places[prompt]
 
     def __getitem__(self, index: int) -> str:
         """The prompt at `index`; unlike a list's, a negative index is refused."""
