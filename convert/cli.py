@@ -5,6 +5,11 @@ from typing import Any
 
 from streamt1_jax.errors import BadInputError
 
+_REVISION = (
+    "revision of the hub repository: a commit, branch or tag (default: main, resolved to a commit that the manifest "
+    "records). No commit is built in, because none could be verified without the hub; for LongLive one must be given"
+)
+
 
 def add_convert_parser(subparsers: Any) -> None:
     """Adds `convert` and its three formats to the parser of the `streamt1` command."""
@@ -20,7 +25,7 @@ def add_convert_parser(subparsers: Any) -> None:
     add(
         "--base", required=True, metavar="DIR_OR_REPO", help="Wan2.1 folder or repository: VAE, text encoder, tokenizer"
     )
-    add("--base-revision", metavar="COMMIT", help="revision of the repository given with --base")
+    add("--base-revision", metavar="COMMIT", help="as --revision, of the repository given with --base")
     add("--generator", required=True, metavar="FILE_OR_REPO", help="longlive_base.pt, self_forcing_dmd.pt, ...")
     add("--lora", action="append", default=[], metavar="FILE_OR_REPO", help="LoRA to merge, in peft's names")
     add(
@@ -46,7 +51,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the folder to make")
     add("--overwrite", action="store_true", help="replace an earlier conversion at --out")
-    add("--revision", metavar="COMMIT", help="revision of the hub repository (default: main, recorded as a commit)")
+    add("--revision", metavar="COMMIT", help=_REVISION)
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of DiT and text encoder")
     add("--height", type=int, default=480, help="pixels the weights were made for (default: 480)")
     add("--width", type=int, default=832, help="pixels the weights were made for (default: 832)")

@@ -38,7 +38,7 @@ class Located(NamedTuple):
         """What people call it: a file's name, or a folder's or repository's without its owner."""
         if "file" in self.origin:
             return Path(self.origin["file"]).name
-        return self.origin["repo"].rpartition("/")[2] if "repo" in self.origin else self.path.resolve().name
+        return self.origin["repo"].rpartition("/")[2] if "repo" in self.origin else self.path.absolute().name
 
 
 def locate_folder(source: str, revision: str | None, patterns: Sequence[str], example: str = WAN) -> Located:
@@ -57,8 +57,8 @@ def locate_folder(source: str, revision: str | None, patterns: Sequence[str], ex
     if Path(source).exists() or not _REPO.fullmatch(source):
         what = "is a file" if Path(source).exists() else "does not exist"
         raise WeightsError(
-            f"{source!r} {what}, expected a folder or a hub repository. Check the path, give {example} to fetch it from "
-            f"the hub, or download it: {download_command(example)}"
+            f"{source!r} {what}, expected a folder or a hub repository. Check the path, give {example} to fetch it, or "
+            f"download it: `{download_command(example)}`"
         )
     return _fetch(source, revision, patterns)
 
@@ -75,10 +75,10 @@ def locate_file(source: str, revision: str | None, files: dict[str, str]) -> Loc
     repo, _, file = source.partition(":")
     file = file or files.get(repo, "")
     if not _REPO.fullmatch(repo) or not file or file.startswith("/") or ".." in file:
-        commands = " or ".join(download_command(known, [name]) for known, name in files.items())
+        commands = " or ".join(f"`{download_command(known, [name])}`" for known, name in files.items())
         raise WeightsError(
             f"{source!r} does not exist, expected a file, a hub repository ({' or '.join(files)}) or REPO:FILE. Check "
-            f"the path, give a repository, or download the file: {commands}{_commit_of(files)}"
+            f"the path, give a repository, or download the file: {commands}; COMMIT is one of LongLive 1.0, main is 2.0"
         )
     located = _fetch(repo, revision, [file])
     return Located(located.path / file, located.origin | {"file": file})
@@ -101,7 +101,7 @@ def require_files(folder: Located, files: Sequence[str], repo: str) -> None:
         how = f"Give a repository that has them, such as {repo}."
     else:
         source = str(folder.path)
-        how = f"Download them: {download_command(repo, missing, folder.path)}"
+        how = f"Download them: `{download_command(repo, missing, folder.path)}`"
     raise WeightsError(f"{source}: no {', '.join(missing)}, expected the files of {repo}. {how}")
 
 
@@ -110,10 +110,6 @@ def download_command(repo: str, files: Sequence[str] = (), folder: Path | None =
     revision = ["--revision", "COMMIT"] if repo == LONGLIVE else []
     words = ["hf", "download", repo, *files, *revision, "--local-dir", str(folder or repo.rpartition("/")[2])]
     return shlex.join(words)
-
-
-def _commit_of(files: dict[str, str]) -> str:
-    return " (COMMIT: one of LongLive 1.0, main is 2.0 now)" if LONGLIVE in files else ""
 
 
 def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Located:

@@ -15,11 +15,21 @@ from tqdm import tqdm
 
 from convert.dit_table import diffusers_dit_rules, longlive_dit_rules, wan_dit_rules
 from convert.engine import Plan, Rule, convert_pieces, dotted, plan
-from convert.hub import GENERATOR_FILES, LORA_FILES, locate_file, locate_folder
+from convert.hub import (
+    GENERATOR_FILES,
+    LORA_FILES,
+    WAN,
+    WAN_DIFFUSERS,
+    Located,
+    locate_file,
+    locate_folder,
+    require_files,
+)
 from convert.lora import LoRASource, adapter_alpha
 from convert.sizes import (
     diffusers_dit_config,
     diffusers_vae_config,
+    model_config,
     read_config,
     transformers_umt5_config,
     wan_dit_config,
@@ -34,11 +44,20 @@ from streamt1_jax.checkpoint import file_sha256, is_checkpoint, write_checkpoint
 from streamt1_jax.config import DiTConfig, ModelConfig
 from streamt1_jax.errors import WeightsError
 from streamt1_jax.networks import network_graph
+from streamt1_jax.text import Tokenizer
 
 WAN_TEXT, WAN_VAE, WAN_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "google/umt5-xxl"
 _BASE_PATTERNS = ("config.json", WAN_TEXT, WAN_VAE, WAN_TOKENIZER + "/*")
 _WAN_PATTERNS = (*_BASE_PATTERNS, "diffusion_pytorch_model*")
 _DIFFUSERS_PATTERNS = ("transformer/*", "vae/*", "text_encoder/*", "tokenizer/*")
+# Without these a folder is no such checkpoint; what else it needs, its tables and indices say.
+_BASE_FILES = (WAN_TEXT, WAN_VAE, WAN_TOKENIZER + "/tokenizer.json")
+_DIFFUSERS_FILES = (
+    "transformer/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer.json",
+)
 _PIECE_BYTES = 2**29  # What is in memory of one parameter at a time.
 
 
@@ -57,7 +76,7 @@ class Recipe:
     Args:
         parts: by the name of the network.
         tokenizer: the folder whose files are copied.
-        origin: for the manifest.
+        origin: for the manifest; its `summary` is one sentence for people.
     """
 
     config: ModelConfig
@@ -82,10 +101,14 @@ class Options:
 def wan_recipe(source: str, options: Options, revision: str | None = None) -> Recipe:
     """A folder or hub repository of the Wan2.1 text-to-video release, of any size."""
     folder = locate_folder(source, revision, _WAN_PATTERNS)
+    dit_files = () if any(folder.path.glob("*.safetensors*")) else ("diffusion_pytorch_model.safetensors",)
+    require_files(folder, (*dit_files, *_BASE_FILES), WAN)
     dit = open_folder(folder.path)
     config = wan_dit_config(dit.shapes, read_config(folder.path))
     part = Part(dit, wan_dit_rules(), options.dtype)
-    return _with_wan_parts(config, part, folder.path, options, {"recipe": "wan", "source": folder.origin})
+    summary = f"{folder.name}, converted to {options.dtype}"
+    origin = {"recipe": "wan", "summary": summary, "source": folder.origin}
+    return _with_wan_parts(config, part, folder.path, options, origin)
 
 
 def longlive_recipe(
@@ -111,7 +134,9 @@ def longlive_recipe(
         revision: of the generator's and the LoRA's repository.
     """
     folder = locate_folder(base, base_revision, _BASE_PATTERNS)
+    require_files(folder, _BASE_FILES, WAN)
     file = locate_file(generator, revision, GENERATOR_FILES)
+    lora_file = None if lora is None else locate_file(lora, revision, LORA_FILES)
     if is_checkpoint(file.path):
         raise WeightsError(
             f"{file.path}: is a converted checkpoint, where a LoRA may be merged already; expected the PyTorch file of "
@@ -119,16 +144,19 @@ def longlive_recipe(
         )
     source = _open_file(file.path, select_generator(ema))
     key = source.key if isinstance(source, TorchSource) else ""
-    if isinstance(source, TorchSource) and "generator_lora" in source.others and not lora and not ignore_lora:
+    if isinstance(source, TorchSource) and "generator_lora" in source.others and not lora_file and not ignore_lora:
         raise WeightsError(
             f"{file.path}: holds a LoRA (generator_lora) beside the {key}, expected a choice. Merge it with --lora "
             "and the same file, or leave it out with --no-lora."
         )
-    origin = {"recipe": "longlive", "base": folder.origin, "generator": file.origin | {"key": key}}
+    added = f" with LoRA {lora_file.name}" if lora_file else ""
+    summary = f"Causal generator {file.name}{added} on {folder.name}, converted to {options.dtype}"
+    origin = {"recipe": "longlive", "summary": summary}
+    origin |= {"base": folder.origin, "generator": file.origin | {"key": key}}
     origin |= {"ema": key == "generator_ema", "lora": {"merged": False}}
     dit: Source = source
-    if lora:
-        dit, origin["lora"] = _with_lora(source, lora, lora_alpha, revision)
+    if lora_file:
+        dit, origin["lora"] = _with_lora(source, lora_file, lora_alpha)
     wrapped = any(key.startswith("model.") for key in dit.shapes)
     config = wan_dit_config(dit.shapes, read_config(folder.path), prefix="model." if wrapped else "")
     rules = longlive_dit_rules() if wrapped else wan_dit_rules()
@@ -137,39 +165,39 @@ def longlive_recipe(
 
 def diffusers_recipe(source: str, options: Options, revision: str | None = None) -> Recipe:
     """A folder or hub repository in the diffusers format."""
-    folder = locate_folder(source, revision, _DIFFUSERS_PATTERNS)
+    folder = locate_folder(source, revision, _DIFFUSERS_PATTERNS, WAN_DIFFUSERS)
+    require_files(folder, _DIFFUSERS_FILES, WAN_DIFFUSERS)
     transformer, vae, text = (folder.path / name for name in ("transformer", "vae", "text_encoder"))
-    config = ModelConfig(
-        dit=diffusers_dit_config(read_config(transformer)),
-        vae=diffusers_vae_config(read_config(vae)),
-        text=transformers_umt5_config(read_config(text)),
-        height=options.size[0],
-        width=options.size[1],
+    config = model_config(
+        diffusers_dit_config(read_config(transformer)),
+        diffusers_vae_config(read_config(vae)),
+        transformers_umt5_config(read_config(text)),
+        options.size,
     )
     parts = {
         "dit": Part(open_folder(transformer), diffusers_dit_rules(), options.dtype),
         "vae": Part(open_folder(vae), diffusers_vae_rules(config.vae), "float32"),
         "text": Part(open_folder(text), transformers_umt5_rules(), options.dtype),
     }
-    tokenizer = _tokenizer(folder.path / "tokenizer")
-    return Recipe(config, parts, tokenizer, {"recipe": "diffusers", "source": folder.origin})
+    summary = f"{folder.name} in the diffusers format, converted to {options.dtype}"
+    origin = {"recipe": "diffusers", "summary": summary, "source": folder.origin}
+    return Recipe(config, parts, folder.path / "tokenizer", origin)
 
 
 def _with_wan_parts(dit: DiTConfig, part: Part, folder: Path, options: Options, origin: dict[str, Any]) -> Recipe:
     """Adds what all checkpoints share that come from the Wan2.1 release."""
     vae, text = TorchSource(folder / WAN_VAE), TorchSource(folder / WAN_TEXT)
     vae_config = wan_vae_config(vae.shapes)
-    config = ModelConfig(dit, vae_config, wan_umt5_config(text.shapes), *options.size)
+    config = model_config(dit, vae_config, wan_umt5_config(text.shapes), options.size)
     parts = {
         "dit": part,
         "vae": Part(vae, wan_vae_rules(vae_config), "float32"),
         "text": Part(text, wan_umt5_rules(), options.dtype),
     }
-    return Recipe(config, parts, _tokenizer(folder / WAN_TOKENIZER), origin)
+    return Recipe(config, parts, folder / WAN_TOKENIZER, origin)
 
 
-def _with_lora(base: Source, lora: str, alpha: float | None, revision: str | None) -> tuple[Source, dict[str, Any]]:
-    file = locate_file(lora, revision, LORA_FILES)
+def _with_lora(base: Source, file: Located, alpha: float | None) -> tuple[Source, dict[str, Any]]:
     alpha = adapter_alpha(file.path) if alpha is None else alpha
     merged = LoRASource(base, _open_file(file.path, select_lora), alpha)
     sha256 = file_sha256(file.path)
@@ -183,21 +211,18 @@ def _open_file(path: Path, select: Select = select_flat) -> Source:
     return SafetensorsSource(path) if path.suffix == ".safetensors" else TorchSource(path, select)
 
 
-def _tokenizer(folder: Path) -> Path:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise WeightsError(
-            f"{folder}: has no tokenizer.json or spiece.model, expected the tokenizer's folder. Download it too."
-        )
-    return folder
-
-
 def plan_recipe(recipe: Recipe) -> dict[str, Plan]:
-    """Fits the names and shapes of every network to its table.
+    """Fits the names and shapes of every network to its table, and the tokenizer to the text encoder.
 
     Raises:
-        WeightsError: the problems of all networks.
+        WeightsError: the problems of the tokenizer and of all networks.
     """
     plans, problems = {}, []
+    try:
+        # The one that generating opens: a checkpoint whose tokenizer it would refuse must not come into being.
+        Tokenizer(recipe.tokenizer, text_len=recipe.config.dit.text_len, vocab_size=recipe.config.text.vocab_size)
+    except WeightsError as error:
+        problems.append(str(error))
     for name, part in recipe.parts.items():
         target = dotted(network_graph(recipe.config, name, jnp.dtype(part.dtype))[1])
         try:

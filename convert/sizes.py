@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamt1_jax.config import PATCH, DiTConfig, UMT5Config, VAEConfig
+from streamt1_jax.config import PATCH, DiTConfig, ModelConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError, WeightsError
 from streamt1_jax.models.vae import LATENT_MEAN, LATENT_STD
 
@@ -63,6 +63,21 @@ def _make(kind: type, name: str, values: dict[str, Any]) -> Any:
         return kind(**values)
     except (BadInputError, TypeError) as error:
         raise WeightsError(f"{name}: {error}. Check its config.json.") from error
+
+
+def model_config(dit: DiTConfig, vae: VAEConfig, text: UMT5Config, size: tuple[int, int]) -> ModelConfig:
+    """The three networks together.
+
+    Args:
+        size: height and width of video that the weights were made for, in pixels.
+
+    Raises:
+        WeightsError: their sizes contradict each other: they are of different models.
+    """
+    try:
+        return ModelConfig(dit, vae, text, *size)
+    except BadInputError as error:
+        raise WeightsError(f"{error}. Use the VAE and the text encoder of the same release.") from error
 
 
 def wan_dit_config(shapes: Shapes, config: Mapping[str, Any], prefix: str = "") -> DiTConfig:

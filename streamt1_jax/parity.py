@@ -25,8 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from streamt1_jax.config import DiTConfig, ModelConfig, RunConfig, SearchConfig, StreamConfig, UMT5Config, VAEConfig
+from streamt1_jax.config import (
+    MAX_SEED,
+    DiTConfig,
+    ModelConfig,
+    RunConfig,
+    SearchConfig,
+    StreamConfig,
+    UMT5Config,
+    VAEConfig,
+)
 from streamt1_jax.errors import BadInputError
+from streamt1_jax.settings import check_seed
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -70,17 +80,12 @@ def replay(path: str | Path) -> list[Comparison]:
         WeightsError: its weights do not fit its sizes.
     """
     tensors, sizes = _read_case(Path(path))
-    try:
-        for key, kind in (("candidates", _replay_search), ("rank", _replay_lora)):
-            if key in sizes:
-                return list(kind(tensors, sizes))
-        for key, kind in (("video_unclamped", _replay_vae), ("hidden", _replay_umt5)):
-            if key in tensors:
-                return list(kind(tensors))
-    except KeyError as error:
-        raise BadInputError(
-            f"{path} lacks {error}, expected a whole recorded case: copy both its files again"
-        ) from error
+    for key, kind in (("candidates", _replay_search), ("rank", _replay_lora)):
+        if key in sizes:
+            return list(kind(tensors, sizes))
+    for key, kind in (("video_unclamped", _replay_vae), ("hidden", _replay_umt5)):
+        if key in tensors:
+            return list(kind(tensors))
     raise BadInputError(
         f"{path} holds {sorted({key.split('.')[0] for key in tensors})}, expected a recorded Stream-T1 run, LoRA, "
         "VAE or text encoder: the format is described in streamt1_jax/parity.py; keep the .json file beside it"
@@ -101,17 +106,24 @@ def run_parity(path: str) -> int:
     return 1 if wrong else 0
 
 
-def _read_case(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+class _Recorded(dict):
+    """A recorded file: what it lacks is the file's fault, not the program's."""
+
+    def __missing__(self, key: str) -> Any:
+        raise BadInputError(f"the case lacks {key!r}, expected a whole recorded case: copy both its files again")
+
+
+def _read_case(path: Path) -> tuple[_Recorded, _Recorded]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     if not path.is_file():
         raise BadInputError(f"{path} is not a file, expected a recorded case: check the path")
     try:
-        tensors = load_file(path)
+        tensors = _Recorded(load_file(path))
         notes = path.with_suffix(".json")
-        sizes = json.loads(notes.read_text()) if notes.is_file() else {}
-        if not isinstance(sizes, dict):
+        sizes = json.loads(notes.read_text(), object_hook=_Recorded) if notes.is_file() else _Recorded()
+        if not isinstance(sizes, _Recorded):
             raise ValueError(f"{notes} holds a {type(sizes).__name__}, not an object")
     except (SafetensorError, ValueError) as error:
         raise BadInputError(f"{path} cannot be read ({error}), expected safetensors and JSON: copy it again") from error
@@ -142,8 +154,8 @@ def _build(make: Callable[[], M], rules: list, tensors: Mapping[str, np.ndarray]
 
 def _run_config(case: Mapping[str, Any], decode: str) -> tuple[RunConfig, int, int]:
     """(settings, seed, chunks) of a recorded run; every key must be one that we reproduce."""
-    values = dict(case)
-    seed, chunks = values.pop("seed"), values.pop("chunks")
+    seed, chunks = check_seed(case["seed"]), case["chunks"]
+    values = {key: value for key, value in case.items() if key not in ("seed", "chunks")}
     stream_keys = {f.name for f in dataclasses.fields(StreamConfig)}
     search_keys = {f.name for f in dataclasses.fields(SearchConfig)}
     unknown = set(values) - stream_keys - search_keys
@@ -155,7 +167,7 @@ def _run_config(case: Mapping[str, Any], decode: str) -> tuple[RunConfig, int, i
     return RunConfig(stream, search), seed, chunks
 
 
-def _replay_search(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Iterator[Comparison]:
+def _replay_search(tensors: _Recorded, sizes: _Recorded) -> Iterator[Comparison]:
     from convert.dit_table import longlive_dit_rules
     from convert.vae_table import wan_vae_rules
     from streamt1_jax.generator import wan_generator
@@ -174,8 +186,7 @@ def _replay_search(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Ite
     height, width = sizes["latent_height"] * factor, sizes["latent_width"] * factor
     generator = wan_generator(model, config.stream, height, width)
     rewards = [expression_reward(role, sizes["rewards"][role]) for role in ("short", "long")]
-    noise = recorded_noise(*(jnp.asarray(tensors[key]) for key in ("seeds", "noise", "renoise")))
-    search = Search(generator, rewards[0], rewards[1], noise, config)
+    search = Search(generator, rewards[0], rewards[1], recorded_noise(*_draws(tensors, generator, config)), config)
 
     network = _build(lambda: CausalWanDiT(dit, rngs=nnx.Rngs(0)), longlive_dit_rules(), _under(tensors, "dit."), "dit")
     autoencoder = _build(lambda: WanVAE(vae, rngs=nnx.Rngs(0)), wan_vae_rules(vae), _under(tensors, "vae."), "vae")
@@ -186,8 +197,8 @@ def _replay_search(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Ite
     yield close("denoising steps", steps, tensors["denoising_steps_warped"], 1e-3)
     yield from _compare_candidates(trace, sizes["candidates"])
     histories = [[c.seed for c in trace.history(beam)] for beam in range(len(latents))]
-    flat = (list(itertools.chain(*seeds)) for seeds in (histories, sizes["history_seeds"]))
-    yield equal("kept beams' seeds", *flat)
+    recorded = itertools.chain(*sizes["history_seeds"])
+    yield equal("kept beams' seeds", list(itertools.chain(*histories)), [seed % MAX_SEED for seed in recorded])
     last = [trace.chunks[-1].kept(beam).score for beam in range(len(latents))]
     yield close("kept beams' scores", last, sizes["final_scores"], SCORE_TOLERANCE)
     for beam, ours in enumerate(latents):
@@ -195,6 +206,17 @@ def _replay_search(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Ite
         if f"beam{beam}.video" in tensors:
             video = jax.jit(autoencoder.decoder.decode)(ours)
             yield close(f"beam {beam} video", video, tensors[f"beam{beam}.video"], PIXEL_TOLERANCE)
+
+
+def _draws(tensors: _Recorded, generator: Any, config: RunConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(seeds, noise, renoise); a run of one step re-noises nothing and may have recorded nothing."""
+    seeds, noise, steps = tensors["seeds"], tensors["noise"], len(config.stream.denoising_steps)
+    shape = (len(seeds), steps - 1, *generator.chunk_shape)
+    renoise = tensors["renoise"] if steps > 1 or "renoise" in tensors else np.zeros(shape, np.float32)
+    for name, array, expected in (("noise", noise, (len(seeds), *generator.chunk_shape)), ("renoise", renoise, shape)):
+        if array.shape != expected:
+            raise BadInputError(f"{name} is {list(array.shape)}, expected {list(expected)} by the sizes in the case")
+    return jnp.asarray(seeds % MAX_SEED, jnp.uint32), jnp.asarray(noise), jnp.asarray(renoise)
 
 
 def _run_search(search, params, prompt_embeds, seed: int, chunks: int):
@@ -217,9 +239,10 @@ def _run_search(search, params, prompt_embeds, seed: int, chunks: int):
 
 def _compare_candidates(trace: Any, recorded: list[dict[str, Any]]) -> Iterator[Comparison]:
     ours = [candidate for chunk in trace.chunks for candidate in chunk.candidates]
+    # Ours wrap at 2^32; a program with longer seeds records the sum.
+    yield equal("candidates' seeds", [c.seed for c in ours], [c["seed"] % MAX_SEED for c in recorded])
     exact = {
         "chunk": "candidates' chunks",
-        "seed": "candidates' seeds",
         "parent_beam": "candidates' parents",
         "ema": "candidates' EMA flags",
         "append": "candidates' APPEND flags",
@@ -243,7 +266,7 @@ def _vae_config(sizes: Mapping[str, Any]) -> VAEConfig:
     return VAEConfig(**values)
 
 
-def _replay_lora(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Iterator[Comparison]:
+def _replay_lora(tensors: _Recorded, sizes: _Recorded) -> Iterator[Comparison]:
     """Merges the LoRA by the converter's own code, then runs chunk 0."""
     from convert.dit_table import longlive_dit_rules
     from convert.lora import LoRASource
@@ -287,7 +310,7 @@ def _replay_lora(tensors: dict[str, np.ndarray], sizes: dict[str, Any]) -> Itera
         yield close(f"values of layer {layer}", kv.v[layer], tensors[f"kv{layer}.v"][0], LATENT_TOLERANCE)
 
 
-def _replay_vae(tensors: dict[str, np.ndarray]) -> Iterator[Comparison]:
+def _replay_vae(tensors: _Recorded) -> Iterator[Comparison]:
     from convert.sizes import wan_vae_config
     from convert.vae_table import wan_vae_rules
     from streamt1_jax.models.vae import WanVAE
@@ -297,11 +320,15 @@ def _replay_vae(tensors: dict[str, np.ndarray]) -> Iterator[Comparison]:
     vae = _build(lambda: WanVAE(config, rngs=nnx.Rngs(0)), wan_vae_rules(config), weights, "vae")
     video = tensors["pixels"][0].transpose(1, 2, 3, 0)
     yield close("encoded latents", jax.jit(vae.encoder.encode)(video), tensors["encoded"][0], LATENT_TOLERANCE)
-    decoded = 2.0 * jax.jit(vae.decoder.decode)(tensors["latents"][0]) - 1.0  # recorded in [-1, 1]
-    yield close("decoded video", decoded, tensors["video"][0].transpose(0, 2, 3, 1), LATENT_TOLERANCE)
+    decoded = jax.jit(vae.decoder.decode)(tensors["latents"][0])
+    recorded = tensors["video"][0].transpose(0, 2, 3, 1)
+    yield close("decoded video", 2.0 * decoded - 1.0, recorded, LATENT_TOLERANCE)  # recorded in [-1, 1]
+    unclamped = jax.jit(vae.decoder.decode_unclamped)(tensors["latents"][0])
+    recorded = tensors["video_unclamped"][0].transpose(1, 2, 3, 0)
+    yield close("decoded video, unclamped", unclamped, recorded, LATENT_TOLERANCE)
 
 
-def _replay_umt5(tensors: dict[str, np.ndarray]) -> Iterator[Comparison]:
+def _replay_umt5(tensors: _Recorded) -> Iterator[Comparison]:
     from convert.sizes import wan_umt5_config
     from convert.umt5_table import wan_umt5_rules
     from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt

@@ -287,7 +287,7 @@ def legal_frames(
     if frames is None:
         if not _is_real(seconds) or not 0 < seconds * fps <= longest:
             raise BadInputError(
-                f"seconds is {seconds!r}, expected above 0 and at most {longest // fps}: try 5, which is 81 frames"
+                f"seconds is {seconds!r}, expected a number above 0, up to {longest // fps}: try 5, which is 81"
             )
         chunks = math.floor((seconds * fps + missing) / per_chunk + 0.5)
         return max(chunks, 1) * per_chunk - missing

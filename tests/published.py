@@ -21,14 +21,14 @@ TINY = ModelConfig(
         dim=24, ffn_dim=32, num_heads=2, num_layers=LAYERS, freq_dim=8, in_dim=16, out_dim=16, text_dim=16, text_len=8
     ),
     vae=VAEConfig(dim=4),
-    text=UMT5Config(vocab_size=64, dim=16, num_heads=2, head_dim=8, ffn_dim=40, num_layers=LAYERS),
+    text=UMT5Config(vocab_size=1024, dim=16, num_heads=2, head_dim=8, ffn_dim=40, num_layers=LAYERS),
     height=32,
     width=48,
 )
 
 # Full sizes to tiny ones, in the lists of published keys.
 _DIT = {1536: 24, 8960: 32, 9216: 144, 256: 8, 4096: 16}
-_UMT5 = {256384: 64, 4096: 16, 10240: 40, 64: 2}
+_UMT5 = {256384: 1024, 4096: 16, 10240: 40, 64: 2}
 
 
 def keys(name: str) -> dict[str, tuple[int, ...]]:

@@ -164,7 +164,8 @@ def test_wan(tmp_path, wan, capsys):
     assert str(out) in capsys.readouterr().out
     checkpoint = load_checkpoint(out)
     assert checkpoint.config == TINY
-    assert checkpoint.manifest["origin"] == {"recipe": "wan", "source": {"path": str(wan)}}
+    summary = "Wan2.1-T2V-tiny, converted to bfloat16"
+    assert checkpoint.manifest["origin"] == {"recipe": "wan", "summary": summary, "source": {"path": str(wan)}}
     assert (checkpoint.tokenizer_dir / "tokenizer.json").is_file()
     types = {name: entry["dtype"] for name, entry in checkpoint.manifest["networks"].items()}
     assert types == {"dit": "bfloat16", "vae": "float32", "text": "bfloat16"}
@@ -200,11 +201,13 @@ def test_longlive_with_averaged_wrapped_weights_and_a_lora(tmp_path, wan):
 
     origin = load_checkpoint(tmp_path / "out").manifest["origin"]
     assert (origin["generator"]["key"], origin["ema"]) == ("generator_ema", True)
+    assert origin["summary"] == "Causal generator base.pt with LoRA lora.pt on Wan2.1-T2V-tiny, converted to float32"
     assert origin["lora"]["merged"]
     assert (origin["lora"]["ranks"], origin["lora"]["alpha"]) == ([3], 6.0)
     assert len(origin["lora"]["sha256"]) == 64
     plain = load_checkpoint(tmp_path / "plain").manifest["origin"]
     assert (plain["generator"]["key"], plain["ema"], plain["lora"]) == ("generator", False, {"merged": False})
+    assert plain["summary"] == "Causal generator base.pt on Wan2.1-T2V-tiny, converted to float32"
 
     base, lora = dit_tensors(), lora_tensors()
     key = "blocks.1.self_attn.o"
@@ -229,8 +232,6 @@ def test_choices_that_a_generator_needs(tmp_path, wan):
             cli(*given, *options)
     with pytest.raises(BadInputError, match="above 0"):
         cli(*given, "--lora", "a", "--lora-alpha", -1)
-    with pytest.raises(BadInputError, match="is no file"):
-        cli(*given, "--lora", tmp_path / "gone.pt")
     cli(*given, "--lora", tmp_path / "both.pt")
     with pytest.raises(WeightsError, match="converted checkpoint"):
         cli("longlive", "--base", wan, "--generator", tmp_path / "out", "--lora", tmp_path / "both.pt", "--out", "x")
@@ -318,17 +319,53 @@ def test_sizes_without_a_config(tmp_path):
 
 
 def test_a_source_that_lacks_parts(tmp_path, wan):
-    with pytest.raises(BadInputError, match="is no folder"):
-        cli("wan", "--source", tmp_path / "gone", "--out", tmp_path / "out")
+    """One error names all that a folder lacks, with the command that downloads just that, into it."""
     folder = tmp_path / "wan"
     shutil.copytree(wan, folder)
-    shutil.rmtree(folder / "google")
-    with pytest.raises(WeightsError, match=r"tokenizer\.json"):
-        cli("wan", "--source", folder, "--out", tmp_path / "out")
     (folder / "Wan2.1_VAE.pth").unlink()
-    with pytest.raises(WeightsError, match=r"Wan2\.1_VAE\.pth: no such file"):
+    (folder / "google" / "umt5-xxl" / "tokenizer.json").unlink()
+    missing = r"Wan2\.1_VAE\.pth{} google/umt5-xxl/tokenizer\.json"
+    command = rf"`hf download {hub.WAN} {missing.format('')} --local-dir {folder}`"
+    with pytest.raises(WeightsError, match=rf"{folder}: no {missing.format(',')}, expected .*: {command}"):
         cli("wan", "--source", folder, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for file in folder.glob("diffusion_pytorch_model*"):
+        file.unlink()
+    with pytest.raises(WeightsError, match=r"no diffusion_pytorch_model\.safetensors, Wan2\.1_VAE\.pth"):
+        cli("wan", "--source", folder, "--out", tmp_path / "out")
+    with pytest.raises(WeightsError, match=rf"no transformer/config\.json, .*`hf download {hub.WAN_DIFFUSERS} "):
+        cli("diffusers", "--source", folder, "--out", tmp_path / "out")
+
+
+def test_a_repository_that_lacks_parts(tmp_path, fake_hub):
+    with pytest.raises(WeightsError, match=rf"some/repo: no transformer/config\.json.* such as {hub.WAN_DIFFUSERS}"):
+        cli("diffusers", "--source", "some/repo", "--out", tmp_path / "out")
+
+
+def test_networks_of_different_models(tmp_path, wan):
+    folder = tmp_path / "wan"
+    shutil.copytree(wan, folder)
+    wide = random_tensors({key: tuple(32 if n == 16 else n for n in x.shape) for key, x in umt5_tensors().items()})
+    torch.save(as_torch(wide), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    with pytest.raises(WeightsError, match=r"text_dim 16 differs from text\.dim 32"):
+        cli("wan", "--source", folder, "--out", tmp_path / "out")
+
+
+def test_a_tokenizer_that_generating_would_refuse(tmp_path, wan):
+    """A tokenizer with more tokens than the embedding has rows, or of no kind that generating opens."""
+    folder = tmp_path / "wan"
+    shutil.copytree(wan, folder)
+    text = umt5_tensors()
+    text["token_embedding.weight"] = text["token_embedding.weight"][:724].copy()
+    torch.save(as_torch(text, "bfloat16"), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    with pytest.raises(WeightsError, match=r"has id 724 .*vocabulary of 724"):
+        cli("wan", "--source", folder, "--out", tmp_path / "out")
+    (folder / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
+    with pytest.raises(WeightsError, match="cannot be read as a tokenizer"):
+        cli("wan", "--source", folder, "--out", tmp_path / "out")
+    (folder / "google" / "umt5-xxl" / "tokenizer.json").rename(folder / "google" / "umt5-xxl" / "spiece.model")
+    with pytest.raises(WeightsError, match=r"no google/umt5-xxl/tokenizer\.json"):
+        cli("wan", "--source", folder, "--out", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wan"]
 
 
 # --- hub ------------------------------------------------------------------------------------------------------
@@ -385,7 +422,7 @@ def test_a_file_of_any_repository(fake_hub):
     assert located.path.is_file()
     assert located.origin == {"repo": "some/repo", "revision": COMMIT, "file": "models/longlive_base.pt"}
     for wrong in ("some/repo", "some/repo:../x", "nothing", "some/repo:/etc/passwd"):
-        with pytest.raises(BadInputError, match="is no file"):
+        with pytest.raises(WeightsError, match="does not exist, expected a file"):
             hub.locate_file(wrong, None, hub.GENERATOR_FILES)
 
 
@@ -394,6 +431,6 @@ def test_offline_without_a_cache_is_one_line(tmp_path, monkeypatch):
         raise OSError("Cannot reach the server\nand more lines")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(WeightsError, match=r"Wan-AI/Wan2.1-T2V-14B at revision main: could not be fetched") as error:
+    with pytest.raises(WeightsError, match=r"Wan-AI/Wan2.1-T2V-14B at revision main: .* could not be fetched") as error:
         cli("wan", "--source", "Wan-AI/Wan2.1-T2V-14B", "--out", tmp_path / "out")
     assert "\n" not in str(error.value)

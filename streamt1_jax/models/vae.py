@@ -141,6 +141,11 @@ class Decoder(nnx.Module):
                 f"latents are {latents.shape}, expected [f, {self.config.z_dim}, h, w] with at least one frame; "
                 "pass the generator's latents without a batch axis"
             )
+        pixels, state = self._pixels(state, latents, first)
+        # In float32, as is the clamp to [-1, 1], which the clip to [0, 1] contains.
+        return jnp.clip(0.5 * pixels.astype(jnp.float32) + 0.5, 0.0, 1.0), state
+
+    def _pixels(self, state: VAEState, latents: Chunk, first: bool) -> tuple[Frames, VAEState]:
         z = _denormalise(rearrange(latents, "f C h w -> f h w C")).astype(self.dtype)
         pixels = []
         if first:
@@ -153,12 +158,16 @@ class Decoder(nnx.Module):
 
         state, frames = jax.lax.scan(body, state, z)
         pixels.append(rearrange(frames, "f t H W c -> (f t) H W c"))
-        # In float32, as is the clamp to [-1, 1], which the clip to [0, 1] contains.
-        return jnp.clip(0.5 * jnp.concatenate(pixels).astype(jnp.float32) + 0.5, 0.0, 1.0), state
+        return jnp.concatenate(pixels), state
 
     def decode(self, latents: Latents) -> Frames:
         """A whole video at once: see `decode_chunk`."""
         frames, _ = self.decode_chunk(self.init_decoder_state(*latents.shape[2:]), latents, first=True)
+        return frames
+
+    def decode_unclamped(self, latents: Latents) -> Frames:
+        """A whole video as the last convolution leaves it, about [-1, 1]: for comparing saturated pixels too."""
+        frames, _ = self._pixels(self.init_decoder_state(*latents.shape[2:]), latents, first=True)
         return frames
 
 
