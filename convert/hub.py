@@ -70,8 +70,10 @@ def locate_file(source: str, revision: str | None, files: dict[str, str]) -> Loc
         WeightsError: `source` is none of these, or the repository cannot be fetched and is not in the cache.
         BadInputError: a repository that needs a revision came without.
     """
-    if Path(source).exists():
+    if Path(source).is_file():
         return Located(Path(source), {"path": source})
+    if Path(source).is_dir():
+        raise WeightsError(f"{source!r} is a folder, expected a weights file. Give the path of the file inside it.")
     repo, _, file = source.partition(":")
     file = file or files.get(repo, "")
     if not _REPO.fullmatch(repo) or not file or file.startswith("/") or ".." in file:

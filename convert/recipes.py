@@ -135,13 +135,13 @@ def longlive_recipe(
     """
     folder = locate_folder(base, base_revision, _BASE_PATTERNS)
     require_files(folder, _BASE_FILES, WAN)
-    file = locate_file(generator, revision, GENERATOR_FILES)
-    lora_file = None if lora is None else locate_file(lora, revision, LORA_FILES)
-    if is_checkpoint(file.path):
+    if is_checkpoint(Path(generator)):
         raise WeightsError(
-            f"{file.path}: is a converted checkpoint, where a LoRA may be merged already; expected the PyTorch file of "
+            f"{generator}: is a converted checkpoint, where a LoRA may be merged already; expected the PyTorch file of "
             "the generator. Convert that one."
         )
+    file = locate_file(generator, revision, GENERATOR_FILES)
+    lora_file = None if lora is None else locate_file(lora, revision, LORA_FILES)
     source = _open_file(file.path, select_generator(ema))
     key = source.key if isinstance(source, TorchSource) else ""
     if isinstance(source, TorchSource) and "generator_lora" in source.others and not lora_file and not ignore_lora:

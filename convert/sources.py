@@ -84,10 +84,8 @@ def check_weights_file(path: Path) -> None:
     """Refuses what is no weights file at all, before any parser sees it.
 
     Raises:
-        WeightsError: the file is missing, a folder, empty, a git-LFS pointer or a web page.
+        WeightsError: the file is missing, empty, a git-LFS pointer or a web page.
     """
-    if path.is_dir():
-        raise WeightsError(f"{path}: is a folder, expected a weights file. Give the path of the file inside it.")
     if not path.is_file():
         raise WeightsError(f"{path}: no such file, expected weights. Check the path or download it.")
     size = path.stat().st_size

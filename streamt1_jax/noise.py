@@ -5,7 +5,8 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, UInt32
 
 from streamt1_jax.types import Chunk, Seed
 
@@ -31,18 +32,18 @@ def gaussian_noise(chunk_shape: tuple[int, int, int, int], num_steps: int) -> No
 
 
 def recorded_noise(
-    seeds: Int[Array, " n"] | UInt32[Array, " n"],
-    noise: Float[Array, "n f C h w"],
-    renoise: Float[Array, "n steps_minus_1 f C h w"],
+    seeds: Integer[Array | np.ndarray, " n"],
+    noise: Float[Array | np.ndarray, "n f C h w"],
+    renoise: Float[Array | np.ndarray, "n steps_minus_1 f C h w"],
 ) -> NoiseFn:
     """The draws of another program, row i belonging to `seeds[i]`. A seed that was not recorded draws NaN."""
-    seeds = jnp.asarray(seeds).astype(jnp.uint32)
-    noise, renoise = jnp.asarray(noise), jnp.asarray(renoise)
+    known = jnp.asarray(seeds).astype(jnp.uint32)
+    initial, later = jnp.asarray(noise), jnp.asarray(renoise)
 
     def draw(seed: Seed) -> Draws:
-        row = jnp.argmax(seeds == seed)
-        missing = jnp.where(jnp.any(seeds == seed), 0.0, jnp.nan)
-        return Draws(noise[row] + missing, renoise[row] + missing)
+        row = jnp.argmax(known == seed)
+        missing = jnp.where(jnp.any(known == seed), 0.0, jnp.nan)
+        return Draws(initial[row] + missing, later[row] + missing)
 
     return draw
 

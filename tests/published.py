@@ -16,10 +16,9 @@ DATA = Path(__file__).parent / "data"
 TOKENIZER = Path(streamt1_jax.__file__).parent / "mini" / "tokenizer"
 LAYERS = 2
 
+# The same in every layout. A prompt has 512 tokens, which no config of diffusers can change; the tokenizer 725 entries.
 TINY = ModelConfig(
-    dit=DiTConfig(
-        dim=24, ffn_dim=32, num_heads=2, num_layers=LAYERS, freq_dim=8, in_dim=16, out_dim=16, text_dim=16, text_len=8
-    ),
+    dit=DiTConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=LAYERS, freq_dim=8, text_dim=16),
     vae=VAEConfig(dim=4),
     text=UMT5Config(vocab_size=1024, dim=16, num_heads=2, head_dim=8, ffn_dim=40, num_layers=LAYERS),
     height=32,

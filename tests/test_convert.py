@@ -270,9 +270,11 @@ def test_golden_lora_from_files_to_a_forward_pass(tmp_path):
 def test_diffusers(tmp_path):
     source = write_diffusers(tmp_path / "source")
     assert len(list((source / "transformer").glob("*.safetensors"))) > 1
-    cli("diffusers", "--source", source, "--out", tmp_path / "out", "--dtype", "float32")
+    size = ["--height", TINY.height, "--width", TINY.width]
+    cli("diffusers", "--source", source, "--out", tmp_path / "out", "--dtype", "float32", *size)
     checkpoint = load_checkpoint(tmp_path / "out")
-    assert (checkpoint.config.vae, checkpoint.config.text) == (TINY.vae, TINY.text)
+    assert checkpoint.config == TINY
+    assert checkpoint.manifest["origin"]["summary"] == "source in the diffusers format, converted to float32"
     theirs = open_folder(source / "transformer")
     found = loaded(tmp_path / "out", "dit")["blocks.ffn_in.kernel"][0]
     assert found.tolist() == theirs.read("blocks.0.ffn.net.0.proj.weight").T.tolist()
