@@ -91,8 +91,7 @@ class Scene(NamedTuple):
 
     def draws(self, flat: int) -> Draws:
         """The noise of one candidate."""
-        beams, count = self.candidates.seed.shape
-        index = divmod(flat, count)
+        index = divmod(flat, self.candidates.seed.shape[1])
         return self.search.noise(self.candidates.seed[index])._replace(initial=self.candidates.noise[index])
 
 

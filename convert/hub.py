@@ -7,6 +7,7 @@
 - Whatever is missing, the error says the command that downloads it.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -52,10 +53,10 @@ def locate_folder(source: str, revision: str | None, patterns: Sequence[str], ex
             and is not in the cache.
         BadInputError: a repository that needs a revision came without.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return Located(Path(source), {"path": source})
-    if Path(source).exists() or not _REPO.fullmatch(source):
-        what = "is a file" if Path(source).exists() else "does not exist"
+    if os.path.exists(source) or not _REPO.fullmatch(source):
+        what = "is a file" if os.path.exists(source) else "does not exist"
         raise WeightsError(
             f"{source!r} {what}, expected a folder or a hub repository. Check the path, give {example} to fetch it, or "
             f"download it: `{download_command(example)}`"
@@ -70,9 +71,9 @@ def locate_file(source: str, revision: str | None, files: dict[str, str]) -> Loc
         WeightsError: `source` is none of these, or the repository cannot be fetched and is not in the cache.
         BadInputError: a repository that needs a revision came without.
     """
-    if Path(source).is_file():
+    if os.path.isfile(source):
         return Located(Path(source), {"path": source})
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         raise WeightsError(f"{source!r} is a folder, expected a weights file. Give the path of the file inside it.")
     repo, _, file = source.partition(":")
     file = file or files.get(repo, "")

@@ -1,0 +1,210 @@
+"""How far each fast setting strays from the exact form in float32, from the same noise.
+
+    python benchmarks/fidelity.py --preset mini --chunks 32 --json FILE
+
+Both are run chunk by chunk. So that they stay comparable after a different pick, the fast one is given the picks and
+the flags of the exact one; what it would have picked itself is recorded. The thresholds of the flags are set so that
+evicted chunks take all three routes.
+"""
+
+import argparse
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+from race import machine_now, write_report
+
+from streamt1_jax import stream as stages
+from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
+from streamt1_jax.generator import wan_generator
+from streamt1_jax.networks import network_graph
+from streamt1_jax.noise import gaussian_noise
+from streamt1_jax.pruning import keep_best
+from streamt1_jax.rewards import native_long, native_short
+from streamt1_jax.sink import Route
+from streamt1_jax.state import ChunkRecord
+from streamt1_jax.stream import Candidates, Scores, Search, init_state
+from streamt1_jax.weights import MiniWeights, random_params
+
+propose = jax.jit(stages.propose, static_argnames=("search", "first"))
+watch = jax.jit(stages.watch, static_argnames=("search", "first"))
+judge = jax.jit(stages.judge, static_argnames=("search", "first"))
+recall = jax.jit(stages.recall, static_argnames=("search", "first"))
+commit = jax.jit(stages.commit, static_argnames=("search", "first"))
+select = jax.jit(stages.select)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of running, and the exact one that it is compared with."""
+
+    name: str
+    search: dict[str, Any]  # fields of `SearchConfig`
+    dtype: str = "float32"
+    exact: tuple[tuple[str, Any], ...] = ()  # fields of the exact form's `SearchConfig`
+
+
+SETTINGS = (
+    Setting("bfloat16 throughout, sinks in float32", {}, "bfloat16"),
+    Setting("bfloat16 throughout, sinks too", {"sink_dtype": "bfloat16"}, "bfloat16"),
+    Setting("sinks in bfloat16, the rest in float32", {"sink_dtype": "bfloat16"}),
+    Setting("3 frames of a chunk for the short reward", {"short_reward_frames": 3}),
+    Setting("streaming decode, for window decode", {}, exact=(("decode", "window"),)),
+)
+
+
+class Run:
+    """One search, advanced stage by stage."""
+
+    def __init__(
+        self, model: ModelConfig, params: PyTree, embeds: Array, search: SearchConfig, dtype: str, chunks: int
+    ):
+        config = RunConfig(search=search)
+        generator = wan_generator(model, config.stream, model.height, model.width, jnp.dtype(dtype).type)
+        noise = gaussian_noise(generator.chunk_shape, len(config.stream.denoising_steps))
+        self.params = jax.tree.map(lambda x: x.astype(dtype), params)
+        self.search = Search(generator, native_short(), native_long(), noise, config)
+        self.conditioning = jax.jit(generator.prepare)(self.params, embeds, jnp.int32(0))
+        self.state = init_state(self.search, 0, chunks)
+
+    def score(self, *, first: bool) -> tuple[Candidates, Scores, Callable[[Scores], ChunkRecord]]:
+        """The candidates of the next chunk, their scores, and what finishes the chunk given scores to pick by."""
+        search, params, conditioning, state = self.search, self.params, self.conditioning, self.state
+        candidates = propose(search, params, conditioning, state, first=first)
+        seen = watch(search, params, state, candidates, first=first)
+        scores = judge(search, conditioning, state, candidates, seen, first=first)
+
+        def finish(picked_by: Scores) -> ChunkRecord:
+            winners = select(state, candidates, seen, picked_by)
+            kv = recall(search, params, conditioning, state, winners, first=first)
+            self.state, record = commit(search, params, state, candidates, seen, picked_by, winners, kv, first=first)
+            return record
+
+        return candidates, scores, finish
+
+
+@dataclass
+class Fidelity:
+    """What was found of one setting, a number a chunk."""
+
+    picks: list[bool] = field(default_factory=list)  # the same beams, in the same order
+    flags: list[float] = field(default_factory=list)  # share of candidates with the same flags
+    rank_correlation: list[float] = field(default_factory=list)
+    relative_rms: list[float] = field(default_factory=list)  # of the latents of all candidates
+    largest: list[float] = field(default_factory=list)
+
+    def add(self, fast: tuple[Candidates, Scores], exact: tuple[Candidates, Scores], beams: int) -> None:
+        (made, scores), (expected, exact_scores) = fast, exact
+        kept, exact_kept = (keep_best(s.fused, s.usable, beams) for s in (scores, exact_scores))
+        same_flags = (scores.ema == exact_scores.ema) & (scores.append == exact_scores.append)
+        difference = made.latents - expected.latents
+        self.picks.append(bool((kept == exact_kept).all()))
+        self.flags.append(float(same_flags.mean()))
+        self.rank_correlation.append(spearman(np.ravel(scores.fused), np.ravel(exact_scores.fused)))
+        self.relative_rms.append(float(jnp.sqrt(jnp.mean(difference**2) / jnp.mean(expected.latents**2))))
+        self.largest.append(float(jnp.abs(difference).max()))
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "equal_picks": float(np.mean(self.picks)),
+            "equal_flags": float(np.mean(self.flags)),
+            "rank_correlation": float(np.mean(self.rank_correlation)),
+            "latent_relative_rms_last": self.relative_rms[-1],
+            "latent_relative_rms_worst": max(self.relative_rms),
+            "latent_largest_last": self.largest[-1],
+            "latent_largest_worst": max(self.largest),
+        }
+
+
+def spearman(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
+    """Correlation of the ranks; 1 is the same order. Equal numbers rank in the order that they come in."""
+    ranks = (np.argsort(np.argsort(x, kind="stable")) for x in (a, b))
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def compare(exact: Run, fast: dict[str, Run], chunks: int) -> tuple[dict[str, Fidelity], Counter]:
+    """Runs the exact form and the fast ones side by side; also how often the exact one took each route."""
+    found, routes = {name: Fidelity() for name in fast}, Counter()
+    beams, _ = exact.search.config.search.grid
+    for index in range(chunks):
+        candidates, scores, finish = exact.score(first=index == 0)
+        record = finish(scores)
+        routes.update(Route(route).name for route in np.asarray(record.evicted_route))
+        forced = {key: getattr(scores, key) for key in ("fused", "usable", "ema", "append")}
+        for name, run in fast.items():
+            made, own, finish = run.score(first=index == 0)
+            found[name].add((made, own), (candidates, scores), beams)
+            finish(own._replace(**forced))
+    return found, routes
+
+
+def run_fidelity(model: ModelConfig, params: PyTree, search: SearchConfig, chunks: int) -> list[dict[str, Any]]:
+    """One row a setting."""
+    embeds = jax.random.normal(jax.random.key(0), (model.dit.text_len, model.dit.text_dim))
+
+    def run(fields: dict[str, Any], dtype: str = "float32") -> Run:
+        return Run(model, params, embeds, dataclasses.replace(search, **fields), dtype, chunks)
+
+    rows = []
+    for fields in dict.fromkeys(setting.exact for setting in SETTINGS):
+        group = [setting for setting in SETTINGS if setting.exact == fields]
+        fast = {setting.name: run(setting.search, setting.dtype) for setting in group}
+        found, routes = compare(run(dict(fields)), fast, chunks)
+        rows += [
+            {"name": name, **fidelity.summary(), "routes": dict(routes), "by_chunk": dataclasses.asdict(fidelity)}
+            for name, fidelity in found.items()
+        ]
+    return rows
+
+
+def table(report: dict[str, Any]) -> str:
+    head = ("picks", "flags", "ranks", "rms last", "worst", "max last", "worst")
+    lines = [
+        f"{report['preset']}, {report['weights']}, {report['chunks']} chunks, against float32 exact; "
+        f"jax {report['machine']['jax']}, {report['machine']['device']}",
+        f"{'':44}" + "".join(f"{name:>10}" for name in head),
+    ]
+    for row in report["settings"]:
+        shares = "".join(f"{100 * row[key]:8.1f} %" for key in ("equal_picks", "equal_flags"))
+        errors = "".join(f"{value:10.1e}" for key, value in row.items() if key.startswith("latent_"))
+        lines.append(f"{row['name']:44}{shares}{row['rank_correlation']:10.3f}{errors}")
+    routes = "; ".join(str(routes) for routes in {str(row["routes"]) for row in report["settings"]})
+    return "\n".join([*lines, f"evicted chunks by route, of the exact forms: {routes}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compares each fast setting with the exact form.")
+    parser.add_argument("--preset", default="mini", help="1.3b, 14b, mini or tiny (default: mini)")
+    parser.add_argument("--chunks", type=int, default=32, help="default: 32")
+    parser.add_argument("--short-threshold", type=float, default=0.0, help="of the flags (default: 0)")
+    parser.add_argument("--long-threshold", type=float, default=0.0, help="of the flags (default: 0)")
+    parser.add_argument("--json", metavar="FILE", help="write the report here too")
+    args = parser.parse_args()
+
+    model = ModelConfig.preset(args.preset)
+    if args.preset == "mini":
+        weights, params = MiniWeights().describe()["summary"], MiniWeights().generator_params(jnp.float32)
+    else:
+        weights = "random weights"
+        params = {name: random_params(network_graph(model, name, jnp.float32)[1], 0) for name in ("dit", "decoder")}
+    search = SearchConfig(short_threshold=args.short_threshold, long_threshold=args.long_threshold)
+    report = {
+        "machine": machine_now(),
+        "preset": args.preset,
+        "weights": weights,
+        "chunks": args.chunks,
+        "search": dataclasses.asdict(search),
+        "settings": run_fidelity(model, params, search, args.chunks),
+    }
+    print(table(report))
+    write_report(args.json, report)
+
+
+if __name__ == "__main__":
+    main()
