@@ -95,7 +95,10 @@ class Fidelity:
 
     picks: list[bool] = field(default_factory=list)  # the same beams, in the same order
     flags: list[float] = field(default_factory=list)  # share of candidates with the same flags
+    # Spearman's, over the candidates of the chunk.
     rank_correlation: list[float] = field(default_factory=list)
+    rank_correlation_short: list[float] = field(default_factory=list)
+    rank_correlation_long: list[float] = field(default_factory=list)
     relative_rms: list[float] = field(default_factory=list)  # of the latents of all candidates
     largest: list[float] = field(default_factory=list)
 
@@ -106,7 +109,9 @@ class Fidelity:
         difference = made.latents - expected.latents
         self.picks.append(bool((kept == exact_kept).all()))
         self.flags.append(float(same_flags.mean()))
-        self.rank_correlation.append(spearman(np.ravel(scores.fused), np.ravel(exact_scores.fused)))
+        self.rank_correlation.append(spearman(scores.fused, exact_scores.fused))
+        self.rank_correlation_short.append(spearman(scores.short, exact_scores.short))
+        self.rank_correlation_long.append(spearman(scores.long, exact_scores.long))
         self.relative_rms.append(float(jnp.sqrt(jnp.mean(difference**2) / jnp.mean(expected.latents**2))))
         self.largest.append(float(jnp.abs(difference).max()))
 
@@ -115,6 +120,8 @@ class Fidelity:
             "equal_picks": float(np.mean(self.picks)),
             "equal_flags": float(np.mean(self.flags)),
             "rank_correlation": float(np.mean(self.rank_correlation)),
+            "rank_correlation_short": float(np.mean(self.rank_correlation_short)),
+            "rank_correlation_long": float(np.mean(self.rank_correlation_long)),
             "latent_relative_rms_last": self.relative_rms[-1],
             "latent_relative_rms_worst": max(self.relative_rms),
             "latent_largest_last": self.largest[-1],
@@ -122,10 +129,11 @@ class Fidelity:
         }
 
 
-def spearman(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
+def spearman(a: Float[Array, "B K"], b: Float[Array, "B K"]) -> float:
     """Correlation of the ranks; 1 is the same order. Equal numbers rank in the order that they come in."""
-    ranks = (np.argsort(np.argsort(x, kind="stable")) for x in (a, b))
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks_a, ranks_b = (np.argsort(np.argsort(np.ravel(x), kind="stable")) for x in (a, b))
+    n = ranks_a.size
+    return 1.0 - 6.0 * float(np.sum((ranks_a - ranks_b) ** 2)) / (n * (n * n - 1))
 
 
 def compare(exact: Run, fast: dict[str, Run], chunks: int) -> tuple[dict[str, Fidelity], Counter]:
@@ -164,7 +172,7 @@ def run_fidelity(model: ModelConfig, params: PyTree, search: SearchConfig, chunk
 
 
 def table(report: dict[str, Any]) -> str:
-    head = ("picks", "flags", "ranks", "rms last", "worst", "max last", "worst")
+    head = ("picks", "flags", "ranks", "short", "long", "rms last", "worst", "max last", "worst")
     lines = [
         f"{report['preset']}, {report['weights']}, {report['chunks']} chunks, against float32 exact; "
         f"jax {report['machine']['jax']}, {report['machine']['device']}",
@@ -173,7 +181,8 @@ def table(report: dict[str, Any]) -> str:
     for row in report["settings"]:
         shares = "".join(f"{100 * row[key]:8.1f} %" for key in ("equal_picks", "equal_flags"))
         errors = "".join(f"{value:10.1e}" for key, value in row.items() if key.startswith("latent_"))
-        lines.append(f"{row['name']:44}{shares}{row['rank_correlation']:10.3f}{errors}")
+        ranks = "".join(f"{value:10.3f}" for key, value in row.items() if key.startswith("rank_"))
+        lines.append(f"{row['name']:44}{shares}{ranks}{errors}")
     routes = "; ".join(str(routes) for routes in {str(row["routes"]) for row in report["settings"]})
     return "\n".join([*lines, f"evicted chunks by route, of the exact forms: {routes}"])
 

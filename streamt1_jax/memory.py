@@ -71,7 +71,7 @@ def memory_plan(
         "VAE decoder": size_of(network_graph(model, "decoder", dtype)[1]),
         "prompt keys and values": 2 * layers * model.dit.text_len * heads * head_dim * itemsize,
         "KV caches": size_of((cache.k, cache.v)),
-        "newest sinks, float32": size_of(cache.newest_sink),
+        "newest sinks": size_of(cache.newest_sink),
         "KV caches of the next chunk": size_of((cache.k, cache.v)) + beams * chunk_kv,
         "decoder states": per_beam_decoder * (beams + candidates),
         "reward windows": window * (beams + candidates),

@@ -177,11 +177,10 @@ def test_the_number_of_programs_does_not_depend_on_the_length(setup, compile_cou
     assert (compile_count.value, jitted_step._cache_size()) == (compiled, cached), "something was compiled anew"
 
 
+@pytest.mark.parametrize("setup", ["fake"], indirect=True)
 def test_a_rollout_is_one_program(setup, compile_count):
     """Of any length: compiled once, used twice."""
     search = setup.search()
-    if setup.params is not FAKE_PARAMS:
-        pytest.skip("the same code; the networks take long to compile")
     for chunks in (1, 2, 7):
         compiled = jax.jit(lambda *a, chunks=chunks: rollout(search, *a, chunks))
         states = [init_state(search, seed, 7) for seed in (1, 2)]
