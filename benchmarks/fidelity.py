@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
-from race import machine_now, write_report
+from race import write_report
 
-from streamt1_jax import stream as stages
+from streamt1_jax.bench import commit, judge, propose, recall, select, watch
 from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
 from streamt1_jax.generator import wan_generator
+from streamt1_jax.measure import machine
 from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import gaussian_noise
 from streamt1_jax.pruning import keep_best
@@ -31,13 +32,6 @@ from streamt1_jax.sink import Route
 from streamt1_jax.state import ChunkRecord
 from streamt1_jax.stream import Candidates, Scores, Search, init_state
 from streamt1_jax.weights import MiniWeights, random_params
-
-propose = jax.jit(stages.propose, static_argnames=("search", "first"))
-watch = jax.jit(stages.watch, static_argnames=("search", "first"))
-judge = jax.jit(stages.judge, static_argnames=("search", "first"))
-recall = jax.jit(stages.recall, static_argnames=("search", "first"))
-commit = jax.jit(stages.commit, static_argnames=("search", "first"))
-select = jax.jit(stages.select)
 
 
 @dataclass(frozen=True)
@@ -204,7 +198,7 @@ def main() -> None:
         params = {name: random_params(network_graph(model, name, jnp.float32)[1], 0) for name in ("dit", "decoder")}
     search = SearchConfig(short_threshold=args.short_threshold, long_threshold=args.long_threshold)
     report = {
-        "machine": machine_now(),
+        "machine": machine(),
         "preset": args.preset,
         "weights": weights,
         "chunks": args.chunks,

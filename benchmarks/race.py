@@ -5,7 +5,6 @@ Shared by the benchmarks of this folder.
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,8 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
-
-from streamt1_jax.bench import machine
 
 AT_LEAST = 0.05  # seconds of one measurement; what is faster is called several times in it
 
@@ -58,11 +55,6 @@ def relative_rms(ours: PyTree, expected: PyTree) -> float:
         difference, size = (float(jnp.sqrt(jnp.mean(jnp.square(x)))) for x in (a - b, b))
         worst = max(worst, difference / max(size, 1e-30))
     return worst
-
-
-def machine_now() -> dict[str, Any]:
-    """The machine, its versions, and how busy it is: jobs that run or wait, mean of the last minute."""
-    return machine() | {"load": round(os.getloadavg()[0], 2)}
 
 
 def write_report(file: str | None, report: Mapping[str, Any]) -> None:

@@ -5,16 +5,11 @@ stage, each its own program and waited for. Only chunks with a full window count
 happened while timing is counted by JAX's own event and reported.
 """
 
-import contextlib
-import os
-import platform
-import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from streamt1_jax import __version__, flops
+from streamt1_jax import flops
 from streamt1_jax import stream as stages
 from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig, StreamConfig
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.generator import Conditioning, wan_generator
+from streamt1_jax.measure import Spread, compilation_cache, compilations, machine, matmul_peak, peak_bytes, timed
 from streamt1_jax.memory import size_of
 from streamt1_jax.models.attention import attention_path
 from streamt1_jax.models.umt5 import encode_prompt
@@ -48,20 +44,6 @@ MEANING = {
     "commit": "write the caches, route what leaves",
     "host": "record to the host",
 }
-_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Seconds over the runs."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Spread":
-        return cls(statistics.median(values), min(values), max(values))
 
 
 def grid_of(candidates: int) -> tuple[int, int]:
@@ -72,22 +54,6 @@ def grid_of(candidates: int) -> tuple[int, int]:
 def search_of(candidates: int) -> SearchConfig:
     beams, each = grid_of(candidates)
     return SearchConfig.longlive() if candidates == 1 else SearchConfig(beams=beams, candidates_per_beam=each)
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[float]]:
-    """Counts the programs that XLA compiles meanwhile; the list grows by the seconds of each."""
-    seen: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == _COMPILE_EVENT:
-            seen.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 class Bench:
@@ -120,7 +86,7 @@ class Bench:
         params = random_params(abstract, 0)
         ids = jnp.arange(self.model.dit.text_len, dtype=jnp.int32) % self.model.text.vocab_size
         encode = jax.jit(lambda params, ids: encode_prompt(nnx.merge(graphdef, params), ids, jnp.ones_like(ids)))
-        return Spread.of(_timed(lambda: encode(params, ids), repeats))
+        return Spread.of(timed(lambda: encode(params, ids), repeats))
 
     def measure(self, candidates: tuple[int, ...], *, chunks: int, repeats: int) -> list[dict[str, Any]]:
         """Times `repeats` videos of `chunks` chunks with each number of candidates, after one that warms up."""
@@ -141,7 +107,7 @@ class Bench:
         searches = [self.search(RunConfig(search=search_of(n))) for n in candidates]
         conditionings = [self.conditioning(search) for search in searches]
         lanes = []
-        with tempfile.TemporaryDirectory() as folder, _compilation_cache(folder):
+        with tempfile.TemporaryDirectory() as folder, compilation_cache(folder):
             seconds = [
                 {name: self._compile(search, conditioning) for name in ("cold", "warm")}
                 for search, conditioning in zip(searches, conditionings, strict=True)
@@ -286,23 +252,23 @@ class _Clock:
         return result
 
 
-_propose = jax.jit(stages.propose, static_argnames=("search", "first"))
-_watch = jax.jit(stages.watch, static_argnames=("search", "first"))
-_judge = jax.jit(stages.judge, static_argnames=("search", "first"))
-_select = jax.jit(stages.select)
-_recall = jax.jit(stages.recall, static_argnames=("search", "first"))
-_commit = jax.jit(stages.commit, static_argnames=("search", "first"))
+propose = jax.jit(stages.propose, static_argnames=("search", "first"))
+watch = jax.jit(stages.watch, static_argnames=("search", "first"))
+judge = jax.jit(stages.judge, static_argnames=("search", "first"))
+select = jax.jit(stages.select)
+recall = jax.jit(stages.recall, static_argnames=("search", "first"))
+commit = jax.jit(stages.commit, static_argnames=("search", "first"))
 
 
 def staged_step(search, params, conditioning, state, *, first: bool, clock: Callable[[str, Callable], Any]):
     """The same as `stream.step`, a program a stage; returns the next state."""
     kw = {"first": first}
-    candidates = clock("propose", lambda: _propose(search, params, conditioning, state, **kw))
-    seen = clock("watch", lambda: _watch(search, params, state, candidates, **kw))
-    scores = clock("judge", lambda: _judge(search, conditioning, state, candidates, seen, **kw))
-    winners = clock("select", lambda: _select(state, candidates, seen, scores))
-    kv = clock("recall", lambda: _recall(search, params, conditioning, state, winners, **kw))
-    state, record = clock("commit", lambda: _commit(search, params, state, candidates, seen, scores, winners, kv, **kw))
+    candidates = clock("propose", lambda: propose(search, params, conditioning, state, **kw))
+    seen = clock("watch", lambda: watch(search, params, state, candidates, **kw))
+    scores = clock("judge", lambda: judge(search, conditioning, state, candidates, seen, **kw))
+    winners = clock("select", lambda: select(state, candidates, seen, scores))
+    kv = clock("recall", lambda: recall(search, params, conditioning, state, winners, **kw))
+    state, record = clock("commit", lambda: commit(search, params, state, candidates, seen, scores, winners, kv, **kw))
     clock("host", lambda: jax.device_get(record))
     return state
 
@@ -320,37 +286,6 @@ def chunk_flops(model: ModelConfig, search: Search) -> dict[str, int]:
         "propose": beams * count * steps * flops.dit_forward(model.dit, tokens, past),
         "recall": beams * flops.dit_forward(model.dit, tokens, past, context=True),
         "watch": beams * count * stream.latent_frames_per_chunk * frame,
-    }
-
-
-def matmul_peak(dtype: Any, repeats: int = 5) -> float:
-    """FLOP/s of a large square matrix product of this type on random numbers: what utilisation is measured against."""
-    n = 1536 if jax.default_backend() == "cpu" else 8192
-    a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
-    product = jax.jit(jnp.matmul)
-    return 2 * n**3 / statistics.median(_timed(lambda: product(a, b), repeats))
-
-
-def peak_bytes() -> dict[str, int]:
-    """The most memory so far: of the device where it tells, else of the process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return {"device": stats["peak_bytes_in_use"]}
-    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "devices": jax.device_count(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "streamt1-jax": __version__,
-        **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
     }
 
 
@@ -374,13 +309,14 @@ def run_bench(
         repeats: warm runs.
         profile: a folder for a profiler's trace of a few steady chunks of the last number of candidates.
     """
+    measured_on = machine()  # before it is busy with this
     bench = Bench(model, height=height, width=width, dtype=dtype, rewards=rewards)
     runs = bench.measure(candidates, chunks=chunks, repeats=repeats)
     text = bench.text_seconds(repeats)  # last: the peak memory of the runs is without the text encoder
     if profile is not None:
         bench.profile(candidates[-1], profile)
     return {
-        "machine": machine(),
+        "machine": measured_on,
         "model": asdict(model),
         "size": {"height": height, "width": width},
         "dtype": jnp.dtype(dtype).name,
@@ -392,29 +328,3 @@ def run_bench(
         "matmul_peak_flop_per_second": matmul_peak(dtype),
         "runs": runs,
     }
-
-
-def _timed(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls after one that compiles."""
-    jax.block_until_ready(run())
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
-@contextlib.contextmanager
-def _compilation_cache(folder: str | None) -> Iterator[None]:
-    """Another persistent cache, or none, for a while."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    before = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()

@@ -10,7 +10,8 @@ def bench_table(report: dict[str, Any]) -> str:
     runs = report["runs"]
     machine, size = report["machine"], report["size"]
     lines = [
-        f"{machine['device']} x{machine['devices']}, jax {machine['jax']}, {report['dtype']}, attention "
+        f"{machine['device']} x{machine['devices']} ({machine['processor']}, {machine['cpus']} cores, load "
+        f"{machine['load']:.1f}), jax {machine['jax']}, {report['dtype']}, attention "
         f"{report['attention']}, {size['width']}x{size['height']}, random weights, {report['repeats']} warm runs of "
         f"{report['chunks']} chunks: median (lowest to highest)",
         f"matrix products reach {report['matmul_peak_flop_per_second'] / 1e12:.3g} TFLOP/s; "

@@ -1,0 +1,99 @@
+"""Run by test_sharding.py in a process with 8 devices: the same video on one device and on eight, as JSON."""
+
+import itertools
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from small import SmallWeights
+
+from streamt1_jax.bench import Bench
+from streamt1_jax.config import RunConfig, SearchConfig
+from streamt1_jax.errors import BadInputError
+from streamt1_jax.measure import compilations
+from streamt1_jax.pipeline import StreamT1Pipeline
+from streamt1_jax.sharding import candidate_mesh, place
+from streamt1_jax.state import ChunkRecord
+from streamt1_jax.stream import Search, init_state, propose
+
+CHUNKS = 7
+# With this seed and these thresholds the evicted chunks take all three routes.
+SEED = 3
+SEARCH = SearchConfig(candidates_per_beam=4, max_sink_size=9, short_threshold=0.04, long_threshold=0.0)
+
+
+def video(devices: int) -> tuple[list[ChunkRecord], list[int]]:
+    """Every chunk's record, and how many programs were compiled by the end of each."""
+    pipe, records, compiled = StreamT1Pipeline(SmallWeights(), devices=devices), [], []
+    with compilations() as seen:
+        for result in itertools.islice(pipe.stream("a blue square", seed=SEED, search=SEARCH), CHUNKS):
+            records.append(result.record)
+            compiled.append(len(seen))
+    return records, compiled
+
+
+def compare(one: list[ChunkRecord], eight: list[ChunkRecord]) -> dict[str, object]:
+    """Largest differences of numbers, and which of the rest are not equal."""
+    pairs = list(zip(one, eight, strict=True))
+    equal = ("seed", "kept", "ema", "append", "sink_start", "evicted_start", "evicted_route", "usable")
+    close = ("latents", "short", "long", "score")
+    return {
+        "unequal": [name for name in equal if any((getattr(a, name) != getattr(b, name)).any() for a, b in pairs)],
+        "error": {
+            name: max(float(np.abs(getattr(a, name) - getattr(b, name)).max()) for a, b in pairs) for name in close
+        },
+        "routes": sorted({int(route) for record in one for route in record.evicted_route}),
+        "kept": [record.kept.tolist() for record in one],
+    }
+
+
+def layout() -> dict[str, object]:
+    """Where the candidates of a chunk lie, and where the state that they start from does."""
+    bench = Bench(SmallWeights.config, height=16, width=32, dtype=jnp.float32, rewards=None)
+    plain = bench.search(RunConfig(search=SEARCH))
+    search = Search(plain.generator, plain.short, plain.long, plain.noise, plain.config, candidate_mesh(SEARCH, 8))
+    params = place(search.mesh, bench.params)
+    conditioning = jax.jit(search.generator.prepare)(params, jnp.zeros((16, 8)), jnp.int32(0))
+    state = init_state(search, SEED, CHUNKS)
+    run = jax.jit(propose, static_argnames=("search", "first"))
+    shards = run(search, params, conditioning, state, first=True).latents.addressable_shards
+    kept = state.beams.cache.k.addressable_shards
+    return {
+        "candidates": sorted((shard.device.id, list(shard.data.shape[:2])) for shard in shards),
+        "beams": [list(shard.data.shape[:1]) for shard in kept],
+    }
+
+
+def refusals() -> list[list[object]]:
+    """(beams, candidates of each, devices, what is said) of grids; nothing is said where they fit."""
+    said = []
+    for beams, count, devices in ((2, 4, 8), (2, 2, 8), (2, 3, 4), (3, 1, 2), (3, 2, 6), (2, 4, 16)):
+        try:
+            candidate_mesh(SearchConfig(beams=beams, candidates_per_beam=count), devices)
+            message = None
+        except BadInputError as error:
+            message = str(error)
+        said.append([beams, count, devices, message])
+    return said
+
+
+def main() -> None:
+    one, _ = video(1)
+    eight, compiled = video(8)
+    report = {
+        "devices": jax.device_count(),
+        **compare(one, eight),
+        "compiled": compiled,
+        "layout": layout(),
+        "refusals": refusals(),
+    }
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
