@@ -14,6 +14,7 @@ def bench_table(report: dict[str, Any]) -> str:
         f"{machine['load']:.1f}), jax {machine['jax']}, {report['dtype']}, attention "
         f"{report['attention']}, {size['width']}x{size['height']}, random weights, {report['repeats']} warm runs of "
         f"{report['chunks']} chunks: median (lowest to highest)",
+        f"rewards: {' and '.join(report['rewards'])}; no text encoder and no file in a chunk",
         f"matrix products reach {report['matmul_peak_flop_per_second'] / 1e12:.3g} TFLOP/s; "
         f"text: {_ms(report['text_seconds'])} ms, {MEANING['text']}",
         "",
@@ -26,7 +27,7 @@ def bench_table(report: dict[str, Any]) -> str:
         _row("the whole chunk, one program", [_ms(run["chunk_seconds"]) for run in runs]),
         _row("stages over the whole", [f"{run['stages_over_chunk']:.3f}" for run in runs]),
         _row("the first chunk", [_ms(run["first_chunk_seconds"]) for run in runs]),
-        _row("last chunk over the first full one", [f"{run['late_over_early']:.3f}" for run in runs]),
+        _row("last 3 chunks over the first 3 full ones", [f"{run['late_over_early']:.3f}" for run in runs]),
         "",
     ]
     for name in runs[0]["frames_per_second"]:

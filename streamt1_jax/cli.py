@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from streamt1_jax.cli_bench import add_bench, add_doctor
 from streamt1_jax.config import RunConfig
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, StreamT1Error
 from streamt1_jax.outputs import (
@@ -91,8 +92,8 @@ def _build_parser(*, convert: bool) -> argparse.ArgumentParser:
             commands.choices["convert"].set_defaults(run=_run_convert)
         else:
             commands.add_parser("convert", help="convert PyTorch checkpoints")
-    _add_bench(commands)
-    _add_doctor(commands)
+    add_bench(commands)
+    add_doctor(commands)
     parity = commands.add_parser("parity", help="replay a recorded PyTorch run and compare")
     parity.add_argument("case", help="CASE.safetensors, with CASE.json beside it")
     parity.set_defaults(run=_run_parity)
@@ -158,6 +159,8 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 def _run_generate(args: argparse.Namespace) -> int:
     settings = load_settings(args.config, _overrides(args))
     jobs = _plan_jobs(args)
+    if args.devices < 1:
+        raise BadInputError(f"--devices is {args.devices}, expected at least 1")
 
     from streamt1_jax import StreamT1Pipeline
     from streamt1_jax.compile_cache import enable_compilation_cache
@@ -184,8 +187,13 @@ def _of_this_host(args: argparse.Namespace, jobs: list["_Job"]) -> list["_Job"]:
         if (args.hosts, args.host) != (1, 0):
             raise BadInputError("--hosts and --host came without --coordinator: give the address of host 0 to all")
         return jobs
-    if not 0 <= args.host < args.hosts:
-        raise BadInputError(f"--host is {args.host}, expected 0 to {args.hosts - 1} for --hosts {args.hosts}")
+    name, _, port = args.coordinator.rpartition(":")
+    if not name or not port.isdecimal():
+        raise BadInputError(f"--coordinator is {args.coordinator!r}, expected HOST:PORT: try 10.0.0.1:1234")
+    if args.hosts < 1 or not 0 <= args.host < args.hosts:
+        raise BadInputError(
+            f"--hosts is {args.hosts} and --host {args.host}, expected at least one host, and a host below that number"
+        )
     if args.prompts_file is None:
         raise BadInputError("--coordinator came without --prompts-file: one prompt cannot be shared over machines")
     import jax
@@ -333,113 +341,3 @@ def _run_parity(args: argparse.Namespace) -> int:
 
     enable_compilation_cache()
     return run_parity(args.case)
-
-
-def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="measure speed and memory on random weights",
-        description="Times a steady chunk by stage and as one program; says what is in every figure.",
-    )
-    add = parser.add_argument
-    add("--preset", default="mini", help="1.3b, 14b, mini or tiny (default: mini)")
-    add("--candidates", default="1,4", metavar="N,...", help="candidates a chunk (default: 1,4)")
-    add("--chunks", type=int, default=12, help="chunks of a video (default: 12)")
-    add("--repeats", type=int, default=3, help="warm runs (default: 3)")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on an accelerator, float32 on a CPU")
-    add("--height", type=int, help="pixels (default: the preset's)")
-    add("--width", type=int, help="pixels (default: the preset's)")
-    add("--json", metavar="FILE", help="write the report here too")
-    add("--against", metavar="FILE", help="compare with an earlier report")
-    add("--profile", metavar="DIR", help="write a trace of three chunks for XProf and Perfetto")
-    parser.set_defaults(run=_run_bench)
-
-
-def _run_bench(args: argparse.Namespace) -> int:
-    import json
-    from pathlib import Path
-
-    from streamt1_jax.config import ModelConfig
-    from streamt1_jax.settings import check_size
-
-    model = ModelConfig.preset(args.preset)
-    height, width = args.height or model.height, args.width or model.width
-    check_size(height, width)
-    try:
-        candidates = tuple(int(n) for n in args.candidates.split(","))
-        earlier = json.loads(Path(args.against).read_text()) if args.against else None
-    except (ValueError, OSError) as error:
-        raise BadInputError(f"{error}: --candidates takes numbers (1,4,8), --against a report of --json") from error
-    if min(candidates) < 1 or args.repeats < 1:
-        raise BadInputError("--candidates and --repeats take numbers of at least 1")
-
-    import jax.numpy as jnp
-
-    from streamt1_jax.bench import run_bench
-    from streamt1_jax.bench_report import bench_table, compare_table
-    from streamt1_jax.weights import default_dtype
-
-    report = run_bench(
-        model,
-        candidates=candidates,
-        chunks=args.chunks,
-        repeats=args.repeats,
-        dtype=jnp.dtype(args.dtype).type if args.dtype else default_dtype(),
-        height=height,
-        width=width,
-        profile=args.profile,
-    )
-    print(bench_table(report))
-    if earlier is not None:
-        print("\n" + compare_table(report, earlier))
-    if args.json:
-        with atomic_write(args.json) as path:
-            write_json(path, report)
-    return 0
-
-
-def _add_doctor(commands: Any) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="versions, devices and the memory a run needs",
-        description="Nothing is loaded: the plan comes from shapes alone.",
-    )
-    add = parser.add_argument
-    add("--preset", default="1.3b", help="1.3b, 14b, mini or tiny (default: 1.3b)")
-    add("--config", metavar="FILE", help="as in generate")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in generate")
-    add("--beams", type=int, help="short for --set search.beams=N")
-    add("--candidates", type=int, help="short for --set search.candidates_per_beam=N")
-    add("--rewards", choices=("none", "hpsv3", "videoreward", "both"), default="none", help="on the same device")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.set_defaults(run=_run_doctor)
-
-
-def _run_doctor(args: argparse.Namespace) -> int:
-    from streamt1_jax.config import ModelConfig
-
-    model = ModelConfig.preset(args.preset)
-    short = {"search.beams": args.beams, "search.candidates_per_beam": args.candidates}
-    overrides = [*args.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
-    settings = load_settings(args.config, overrides)
-    height, width = settings.generate.height or model.height, settings.generate.width or model.width
-
-    import jax
-    import jax.numpy as jnp
-
-    from streamt1_jax.bench import machine
-    from streamt1_jax.memory import GIGABYTE, format_plan, memory_plan
-
-    for name, value in machine().items():
-        print(f"{name:12}  {value}")
-    rewards = {"none": (), "both": ("hpsv3", "videoreward")}.get(args.rewards, (args.rewards,))
-    plan = memory_plan(model, settings.run, height, width, jnp.dtype(args.dtype).type, rewards)
-    beams, count = settings.run.search.grid
-    print(f"\n{args.preset}, {width}x{height}, {beams} beams of {count} candidates, {args.dtype}")
-    print(format_plan(plan))
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    if limit is not None:
-        verdict = "fits" if plan.peak < limit else "does NOT fit"
-        print(f"this device offers {limit / GIGABYTE:.2f} GB: the plan {verdict}")
-    return 0

@@ -26,10 +26,15 @@ class MemoryPlan:
 
     entries: dict[str, float]
     before: frozenset[str]  # released before the first chunk
+    torch: frozenset[str]  # taken by torch, outside what JAX may take of the device
 
     @property
     def peak(self) -> float:
         return sum(size for name, size in self.entries.items() if name not in self.before)
+
+    @property
+    def jax_peak(self) -> float:
+        return self.peak - sum(self.entries[name] for name in self.torch)
 
 
 def size_of(tree: PyTree) -> int:
@@ -77,8 +82,8 @@ def memory_plan(
         "reward windows": window * (beams + candidates),
         "activations, estimated": candidates * max(block, decoding),
     }
-    entries |= {f"reward {name}": REWARD_BYTES[name] for name in rewards}
-    return MemoryPlan(entries, frozenset({"text encoder"}))
+    torch = {f"reward {name}": REWARD_BYTES[name] for name in rewards}
+    return MemoryPlan(entries | torch, frozenset({"text encoder"}), frozenset(torch))
 
 
 def format_plan(plan: MemoryPlan) -> str:

@@ -213,7 +213,8 @@ def select(state: StreamState, candidates: Candidates, seen: Seen, scores: Score
         of_candidate = (candidates, scores.short, scores.long, flags_to_route(scores.ema, scores.append))
         of_candidate += (seen.chunk, seen.window, seen.decoder)
         won = jax.tree.map(lambda x: x.reshape(beams * count, *x.shape[2:])[kept], of_candidate)
-        parent = jax.tree.map(lambda x: x[kept // count], state.beams)
+        # One beam continues itself: nothing of its cache needs to move.
+        parent = state.beams if beams == 1 else jax.tree.map(lambda x: x[kept // count], state.beams)
         return Winners(kept, parent, *won)
 
 
@@ -334,7 +335,7 @@ def rollout(
 def jitted_step(
     search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, *, first: bool
 ) -> tuple[StreamState, ChunkRecord]:
-    """`step` compiled; the state handed in is consumed, so the caches are not copied."""
+    """`step` compiled; the state handed in is consumed, so that its memory can hold the next one."""
     return step(search, params, conditioning, state, first=first)
 
 

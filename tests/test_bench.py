@@ -50,7 +50,8 @@ def bench() -> Bench:
 def report_of_seconds(seconds: float) -> dict:
     stages = {stage: {"median": seconds} for stage in STAGES}
     run = {"candidates": 4, "stage_seconds": stages, "chunk_seconds": {"median": seconds}}
-    return {"machine": {"device": "an old one", "jax": "0.1"}, "dtype": "float32", "runs": [run]}
+    asked = {"preset": "tiny", "size": {"height": SMALL.height, "width": SMALL.width}, "chunks": 10}
+    return {"machine": {"device": "an old one", "jax": "0.1"}, "dtype": "float32", "runs": [run], **asked}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def made(tmp_path_factory):
     """One whole run of the command, in a process of its own: it empties JAX's caches. (folder, printed, report)"""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "earlier.json").write_text(json.dumps(report_of_seconds(1e-9)))
-    options = "--preset tiny --candidates 1,4 --chunks 6 --repeats 1 --json now.json --against earlier.json"
+    options = "--preset tiny --candidates 1,4 --chunks 10 --repeats 1 --json now.json --against earlier.json"
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, "bench", *options.split(), "--profile", "trace"],
         cwd=folder,
@@ -79,7 +80,7 @@ def test_the_report_holds_every_stage_and_nothing_was_compiled(made):
         assert tuple(run["stage_seconds"]) == STAGES
         for spread in (*run["stage_seconds"].values(), run["chunk_seconds"], run["first_chunk_seconds"]):
             assert 0 < spread["low"] <= spread["median"] <= spread["high"]
-        assert len(run["chunk_seconds_by_index"]) == 6
+        assert len(run["chunk_seconds_by_index"]) == 10
         assert run["stages_over_chunk"] > 0
         positive = (run["compile_seconds"], run["frames_per_second"], run["flop_per_second"], run["peak_bytes"])
         assert all(value > 0 for group in positive for value in group.values())
@@ -89,8 +90,9 @@ def test_the_report_holds_every_stage_and_nothing_was_compiled(made):
     # A chunk is 6 pixel frames, however many candidates were tried for it.
     one, four = report["runs"]
     for run in (one, four):
-        everything = run["frames_per_second"]["everything"]
-        assert everything == pytest.approx(6 / run["chunk_seconds"]["median"])
+        chunk, judge = run["chunk_seconds"]["median"], run["stage_seconds"]["judge"]["median"]
+        assert run["frames_per_second"]["the whole chunk"] == pytest.approx(6 / chunk)
+        assert run["frames_per_second"]["the whole chunk less the rewards"] == pytest.approx(6 / (chunk - judge))
     assert four["flop"]["propose"] == 4 * one["flop"]["propose"]
     assert four["flop"]["recall"] == 2 * one["flop"]["recall"]
 
@@ -99,7 +101,8 @@ def test_the_report_holds_every_stage_and_nothing_was_compiled(made):
 def test_the_table_and_the_comparison_are_printed(made):
     _, printed, report = made
     assert printed.startswith(bench_table(report))
-    for text in (*STAGES, "2x2 candidates", "random weights", "frames/s, DiT alone", "programs compiled", "GB at most"):
+    said = ("2x2 candidates", "random weights", "rewards: native_short", "programs compiled", "GB at most")
+    for text in (*STAGES, *said):
         assert text in printed
     against = printed[len(bench_table(report)) :]
     assert "against an old one, jax 0.1" in against
@@ -124,18 +127,24 @@ def test_a_comparison_gives_the_ratio_of_times():
     ("options", "said"),
     [
         ("--preset huge", "expected one of 1.3b, 14b, mini, tiny"),
-        ("--candidates two", "--candidates takes numbers"),
+        ("--candidates two", "expected numbers of at least 1"),
         ("--candidates 0", "at least 1"),
         ("--repeats 0", "at least 1"),
-        ("--chunks 4", "expected at least 5"),
+        ("--chunks 4", "at least 10"),
         ("--chunks many", "invalid int value"),
         ("--dtype float64", "invalid choice"),
         ("--height 50", "50"),
+        ("--height 0", "0"),
         ("--against nothing.json", "nothing.json"),
+        ("--against empty.json", "expected a report"),
+        ("--against other.json", "of another model, size or length"),
+        ("--json nowhere/now.json", "nowhere/now.json"),
     ],
 )
 def test_bad_arguments_are_refused(options, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "other.json").write_text(json.dumps(report_of_seconds(1.0) | {"preset": "mini"}))
     assert cli.main(["bench", *(() if "preset" in options else ("--preset", "tiny")), *options.split()]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

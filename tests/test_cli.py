@@ -408,3 +408,28 @@ def test_a_compilation_cache_that_cannot_be_is_a_warning(monkeypatch, tmp_path):
     with pytest.warns(UserWarning, match="every start compiles anew"):
         assert compile_cache.enable_compilation_cache() is None
     assert getattr(jax.config, compile_cache.JAX_FLAG) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--devices 0", "--devices is 0, expected at least 1"),
+        ("--hosts 2", "--coordinator"),
+        ("--prompts-file p.txt --coordinator nohost --hosts 2", "expected HOST:PORT"),
+        ("--prompts-file p.txt --coordinator a:1 --hosts 0", "at least one host"),
+        ("--prompts-file p.txt --coordinator a:1 --hosts 2 --host 2", "below that number"),
+        ("--coordinator a:1 --hosts 2", "--prompts-file"),
+    ],
+)
+def test_devices_and_hosts_are_checked_before_anything_is_loaded(options, said, capsys, pipeline, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    where = ("--out", "videos") if "prompts-file" in options else (PROMPT, "--out", "a.mp4")
+    assert said in error_of(capsys, "generate", *where, *options.split())
+    assert pipeline.loaded == []
+
+
+def test_doctor_tells_the_plan_from_shapes_alone(capsys):
+    code, out, err = run(capsys, "doctor", "--beams", "2", "--candidates", "2", "--rewards", "both")
+    assert (code, err) == (0, "")
+    for text in ("jax ", "1.3b, 832x480, 2 beams of 2 candidates", "reward hpsv3", "KV caches", "peak"):
+        assert text in out

@@ -1,0 +1,155 @@
+"""`streamt1 bench` and `streamt1 doctor`: what they take, and what they refuse before anything is measured."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from streamt1_jax.config import ModelConfig
+from streamt1_jax.errors import BadInputError
+from streamt1_jax.outputs import atomic_write, write_json
+from streamt1_jax.settings import check_size, load_settings
+
+FEWEST_CHUNKS = 10  # the window is full from chunk 4 on; three full chunks at the start, three at the end
+
+
+def add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure speed and memory on random weights",
+        description="Times a steady chunk by stage and as one program; says what is in every figure.",
+    )
+    add = parser.add_argument
+    add("--preset", default="mini", help="1.3b, 14b, mini or tiny (default: mini)")
+    add("--candidates", default="1,4", metavar="N,...", help="candidates a chunk (default: 1,4)")
+    add("--chunks", type=int, default=12, help="chunks of a video (default: 12)")
+    add("--repeats", type=int, default=3, help="warm runs (default: 3)")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on an accelerator, float32 on a CPU")
+    add("--height", type=int, help="pixels (default: the preset's)")
+    add("--width", type=int, help="pixels (default: the preset's)")
+    add("--json", metavar="FILE", help="write the report here too")
+    add("--against", metavar="FILE", help="compare with an earlier report")
+    add("--profile", metavar="DIR", help="write a trace of three chunks for XProf and Perfetto")
+    parser.set_defaults(run=_run_bench)
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    model = ModelConfig.preset(args.preset)
+    height, width = _size(args.height, model.height), _size(args.width, model.width)
+    check_size(height, width)
+    candidates = _numbers(args.candidates)
+    if args.repeats < 1 or args.chunks < FEWEST_CHUNKS:
+        raise BadInputError(
+            f"--repeats is {args.repeats}, --chunks {args.chunks}, expected at least 1 and {FEWEST_CHUNKS}, so "
+            "that the window is full for three chunks at the start and three others at the end"
+        )
+    asked = {"preset": args.preset, "size": {"height": height, "width": width}, "chunks": args.chunks}
+    earlier = _earlier(args.against, asked, candidates) if args.against else None
+    if args.json:
+        single = Path(args.json)
+        if not single.parent.is_dir() or single.is_dir():
+            raise BadInputError(f"--json {args.json} cannot be written, expected a file in a folder that exists")
+
+    import jax.numpy as jnp
+
+    from streamt1_jax.bench import run_bench
+    from streamt1_jax.bench_report import bench_table, compare_table
+    from streamt1_jax.weights import default_dtype
+
+    report = run_bench(
+        model,
+        candidates=candidates,
+        chunks=args.chunks,
+        repeats=args.repeats,
+        dtype=jnp.dtype(args.dtype).type if args.dtype else default_dtype(),
+        height=height,
+        width=width,
+        profile=args.profile,
+    )
+    report = {**asked, **report}
+    if args.json:
+        with atomic_write(args.json) as path:
+            write_json(path, report)
+    print(bench_table(report))
+    if earlier is not None:
+        print("\n" + compare_table(report, earlier))
+    return 0
+
+
+def _size(given: int | None, default: int) -> int:
+    return default if given is None else given
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise BadInputError(f"--candidates is {text!r}, expected numbers of at least 1: try 1,4,8")
+    return numbers
+
+
+def _earlier(path: str, asked: dict[str, Any], candidates: tuple[int, ...]) -> dict[str, Any]:
+    """An earlier report of the same model, size and length, with a number of candidates in common."""
+    try:
+        report = json.loads(Path(path).read_text())
+        found = {key: report[key] for key in asked}
+        both = {run["candidates"] for run in report["runs"]} & set(candidates)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInputError(
+            f"--against {path} cannot be used ({error!r}), expected a report of bench --json"
+        ) from error
+    if found != asked or not both:
+        raise BadInputError(
+            f"--against {path} is of {found} with other numbers of candidates, or of another model, size or length, "
+            f"expected {asked} and one of {list(candidates)} candidates"
+        )
+    return report
+
+
+def add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="versions, devices and the memory a run needs",
+        description="Nothing is loaded: the plan comes from shapes alone.",
+    )
+    add = parser.add_argument
+    add("--preset", default="1.3b", help="1.3b, 14b, mini or tiny (default: 1.3b)")
+    add("--config", metavar="FILE", help="as in generate")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in generate")
+    add("--beams", type=int, help="short for --set search.beams=N")
+    add("--candidates", type=int, help="short for --set search.candidates_per_beam=N")
+    add("--rewards", choices=("none", "hpsv3", "videoreward", "both"), default="none", help="on the same device")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    model = ModelConfig.preset(args.preset)
+    short = {"search.beams": args.beams, "search.candidates_per_beam": args.candidates}
+    overrides = [*args.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
+    settings = load_settings(args.config, overrides)
+    height = _size(settings.generate.height, model.height)
+    width = _size(settings.generate.width, model.width)
+
+    import jax
+    import jax.numpy as jnp
+
+    from streamt1_jax.measure import machine
+    from streamt1_jax.memory import GIGABYTE, format_plan, memory_plan
+
+    for name, value in machine().items():
+        print(f"{name:12}  {value}")
+    rewards = {"none": (), "both": ("hpsv3", "videoreward")}.get(args.rewards, (args.rewards,))
+    plan = memory_plan(model, settings.run, height, width, jnp.dtype(args.dtype).type, rewards)
+    beams, count = settings.run.search.grid
+    print(f"\n{args.preset}, {width}x{height}, {beams} beams of {count} candidates, {args.dtype}")
+    print(format_plan(plan))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if limit is not None:
+        verdict = "fits" if plan.jax_peak < limit else "does NOT fit"
+        part = f"its part, {plan.jax_peak / GIGABYTE:.2f} GB"
+        print(f"JAX may take {limit / GIGABYTE:.2f} GB of this device: {part}, {verdict}")
+    return 0
