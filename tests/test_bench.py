@@ -130,7 +130,7 @@ def test_a_comparison_gives_the_ratio_of_times():
         ("--candidates two", "expected numbers of at least 1"),
         ("--candidates 0", "at least 1"),
         ("--repeats 0", "at least 1"),
-        ("--chunks 4", "at least 10"),
+        ("--chunks 4", "at least 1 and 10"),
         ("--chunks many", "invalid int value"),
         ("--dtype float64", "invalid choice"),
         ("--height 50", "50"),
