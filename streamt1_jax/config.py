@@ -219,8 +219,8 @@ class ModelConfig:
     def mini(cls) -> "ModelConfig":
         """The embedded model: the same three architectures, 128x80 pixels."""
         return cls(
-            dit=DiTConfig(dim=192, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=128, text_len=64),
-            vae=VAEConfig(dim=16),
+            dit=DiTConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=128, text_len=64),
+            vae=VAEConfig(dim=8, dim_mult=(1, 2, 4, 8), num_res_blocks=1),
             text=UMT5Config(vocab_size=1024, dim=128, num_heads=4, head_dim=32, ffn_dim=256, num_layers=2),
             height=80,
             width=128,

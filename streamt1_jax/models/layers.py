@@ -58,6 +58,11 @@ def scan_layers(layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, 
         The last carry, and every `y` stacked on a leading layer axis.
     """
     graphdef, params = nnx.split(layers)
+    if num_layers == jax.tree.leaves(params)[0].shape[0]:
+        # Scanned over as they stand: the gradient of an index would be as large as all layers, for every layer.
+        return jax.lax.scan(
+            lambda carry, layer: body(nnx.merge(graphdef, layer[0]), carry, layer[1]), carry, (params, xs)
+        )
 
     def run(carry, index):
         layer_params, x = jax.tree.map(

@@ -1,0 +1,156 @@
+"""Training the embedded DiT and its text encoder: flow matching, chunk by chunk, with the cache of inference.
+
+A sequence is chunk 0 of a video and a run of later chunks, at once or some seconds on, as the sink and the window see
+them. It is trained in its order, as it would be generated:
+
+- *Few steps.* Every chunk is denoised at the noise levels of the few-step schedule, and only there.
+- *Own outputs as context* (Bengio et al. 2015, scheduled sampling, arXiv:1506.03099; Huang et al. 2025, Self Forcing,
+  arXiv:2506.08009). What enters the cache is in part the network's own one-step estimate of the chunk, in part the
+  true chunk with a little noise; the target stays the true next chunk, so errors of the context are corrected.
+- *Coupled noise* (Pooladian et al. 2023, multisample flow matching, arXiv:2304.14772). In chunk 0 nothing but noise
+  says where things start, and at high noise a regression answers with the mean of all places: a blur that a few
+  steps do not mend. So at the two highest levels the noise is drawn given the places: one projection of it says
+  each of them. Its distribution over all videos stays normal, and the network has one sharp answer.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from streamt1_jax.config import ModelConfig, StreamConfig
+from streamt1_jax.mini.sequences import Sequences
+from streamt1_jax.mini.training import Task
+from streamt1_jax.models.dit import KV, CausalWanDiT, Past
+from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt
+from streamt1_jax.networks import network_graph
+from streamt1_jax.schedule import few_step_schedule
+from streamt1_jax.types import Chunk, Scalar
+
+COUPLED_LEVELS = 2  # of the schedule, from the noisiest on
+CONTEXT_NOISE = 0.3  # at most; the sigma of what is added to a true chunk in the cache
+OWN_OUTPUT_SHARE = 0.5  # of the chunks in the cache, once `own_outputs` is on
+APPENDED_SHARE = 0.3  # of the chunks that see a sink more
+
+
+def coupled_noise(noise: Float[Array, "f C h w"], openings: Float[Array, " z"]) -> Float[Array, "f C h w"]:
+    """`noise` with one projection a channel replaced: those of the first z channels become `openings`.
+
+    The projection is on a checkerboard of latent pixels, which hardly any latent has much of, so the noise can still
+    be read where it is mixed with a picture. If `openings` is normal, so is what comes out.
+    """
+    f, _, h, w = noise.shape
+    board = jnp.asarray(np.indices((h, w)).sum(axis=0) % 2 * 2.0 - 1.0, noise.dtype) / (f * h * w) ** 0.5
+    found = jnp.einsum("fchw,hw->c", noise, board)
+    wanted = found.at[: openings.shape[0]].set(openings)
+    return noise + (wanted - found)[:, None, None] * board
+
+
+def dit_task(
+    config: ModelConfig,
+    stream: StreamConfig,
+    data: Sequences,
+    start: PyTree | None = None,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    own_outputs: bool,
+    seed: int = 0,
+) -> Task:
+    """The training of {"dit", "text"}.
+
+    Args:
+        data: encoded sequences; a batch is drawn from them.
+        start: parameters to go on from; None: random ones.
+        own_outputs: whether the network's own estimates enter the cache.
+    """
+    dit_graph, _ = network_graph(config, "dit", jnp.float32)
+    text_graph, _ = network_graph(config, "text", jnp.float32)
+    schedule = few_step_schedule(stream)
+    sigmas = jnp.asarray(schedule.sigmas, jnp.float32)
+    timesteps = jnp.asarray(schedule.timesteps, jnp.float32)
+    chunks, half = data.latents.shape[1], len(schedule.sigmas) // 2
+
+    def init() -> PyTree:
+        made = start
+        if made is None:
+            dit = CausalWanDiT(config.dit, rngs=nnx.Rngs(seed))
+            text = UMT5Encoder(config.text, dtype=jnp.float32, rngs=nnx.Rngs(seed + 1))
+            made = {"dit": nnx.split(dit)[1], "text": nnx.split(text)[1]}
+            # The flow starts at zero, and every block nearly as the identity (Peebles and Xie 2023, arXiv:2212.09748).
+            for layer in (made["dit"]["head"]["projection"], made["dit"]["time_projection"]):
+                layer["kernel"] = jax.tree.map(jnp.zeros_like, layer["kernel"])
+        return jax.tree.map(jnp.copy, made)
+
+    def one(params: PyTree, example: Sequences, key: Array) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        """(loss, weight) of every chunk of one sequence."""
+        dit = nnx.merge(dit_graph, params["dit"])
+        text = dit.encode_text(encode_prompt(nnx.merge(text_graph, params["text"]), example.tokens, example.mask))
+        steps = dit.encode_time(timesteps)
+        context_time = dit.encode_time(jnp.full((1,), stream.context_noise, jnp.float32))
+        losses, caches = [], []
+        for chunk in range(chunks):
+            key, key_level, key_noise, key_context, key_past = jax.random.split(key, 5)
+            past = _past(caches, stream, key_past)
+            clean, start_frame = example.latents[chunk], example.start[chunk]
+
+            def denoise(level, key, chunk=chunk, past=past, clean=clean, start_frame=start_frame):
+                noise = jax.random.normal(key, clean.shape)
+                if chunk == 0:
+                    noise = jnp.where(level < COUPLED_LEVELS, coupled_noise(noise, example.openings), noise)
+                noisy = (1 - sigmas[level]) * clean + sigmas[level] * noise
+                flow = dit(noisy, jax.tree.map(lambda x: x[level][None], steps), text, past, start_frame)
+                return jnp.mean((flow - (noise - clean)) ** 2), noisy - sigmas[level] * flow
+
+            # One of the noisier levels and one of the others.
+            levels = jax.random.randint(key_level, (2,), jnp.array([0, half]), jnp.array([half, len(sigmas)]))
+            loss, estimates = jax.vmap(denoise)(levels, jax.random.split(key_noise))
+            losses.append(jnp.mean(loss))
+            if chunk + 1 < chunks:
+                seen = _context(clean, estimates[1], key_context, OWN_OUTPUT_SHARE if own_outputs else 0.0)
+                caches.append(dit.context(seen, context_time, text, past, start_frame))
+        # After a gap in time the first chunk has no neighbour to go on from.
+        follows = example.start[1] == stream.latent_frames_per_chunk
+        weights = jnp.ones(chunks).at[1].set(follows)
+        return jnp.stack(losses) * weights, weights
+
+    def loss(params: PyTree, examples: Sequences, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
+        keys = jax.random.split(key, batch)
+        losses, weights = jax.vmap(one, in_axes=(None, 0, 0))(params, examples, keys)
+        figures = {"chunk_0": jnp.mean(losses[:, 0]), "last_chunk": jnp.mean(losses[:, -1])}
+        return jnp.sum(losses) / jnp.sum(weights), figures
+
+    def draw(step: int) -> Sequences:
+        rows = np.random.default_rng((seed, step)).choice(len(data.latents), batch, replace=False)
+        return Sequences(*(leaf[np.sort(rows)] for leaf in data))
+
+    return Task("dit_own" if own_outputs else "dit", init, draw, loss, steps, learning_rate)
+
+
+def _past(caches: list[KV], stream: StreamConfig, key: Array) -> Past | None:
+    """What the next chunk attends to: the sinks, the window, and at times one older chunk, as an appended sink."""
+    if not caches:
+        return None
+    sinks, window = stream.sink_chunks, stream.window_chunks
+    recent = max(sinks, len(caches) - window)
+    seen = caches[:sinks] + caches[recent:]
+    tokens = caches[0].k.shape[1]
+    length = jnp.int32(len(seen) * tokens)
+    older = caches[sinks:recent]
+    if older:
+        key_which, key_whether = jax.random.split(key)
+        which = jax.random.randint(key_which, (), 0, len(older))
+        seen = [*seen, jax.tree.map(lambda *leaves: jnp.stack(leaves)[which], *older)]
+        length = length + tokens * jax.random.bernoulli(key_whether, APPENDED_SHARE)
+    return Past(KV(*(jnp.concatenate(leaves, axis=1) for leaves in zip(*seen, strict=True))), length)
+
+
+def _context(clean: Chunk, estimate: Chunk, key: Array, own_share: float) -> Chunk:
+    """What enters the cache: the network's own estimate, or the true chunk with a little noise."""
+    key_own, key_size, key_noise = jax.random.split(key, 3)
+    sigma = jnp.maximum(jax.random.uniform(key_size, minval=-CONTEXT_NOISE, maxval=CONTEXT_NOISE), 0.0)
+    noisy = clean + sigma * jax.random.normal(key_noise, clean.shape)
+    own = jax.random.bernoulli(key_own, own_share)
+    return jnp.where(own, jax.lax.stop_gradient(estimate), noisy)

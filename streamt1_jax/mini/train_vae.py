@@ -1,0 +1,125 @@
+"""Training the embedded VAE: crops of the little world, an L1 loss on pixels and on their differences.
+
+- Crops hold an object nearly always: most of a whole frame is background, which is learned in no time.
+- The encoder has no learned variance. Noise of a fixed size is added to its latents instead, and large latents cost a
+  little: the same bargain as a VAE's KL term with a constant variance. It makes the decoder forgive small errors of
+  the diffusion model.
+- Losses on differences in space keep edges sharp, those in time keep the picture from flickering.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from streamt1_jax.config import ModelConfig
+from streamt1_jax.mini import world
+from streamt1_jax.mini.training import Task
+from streamt1_jax.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
+from streamt1_jax.networks import network_graph
+from streamt1_jax.types import Frames, Scalar
+
+LATENT_NOISE = 0.15
+LATENT_COST = 1e-3
+DIFFERENCE_WEIGHT = 0.5
+LAST_FRAME = 2000  # clips start anywhere before it
+
+
+class Clips(NamedTuple):
+    """A batch: which clips to render. Leading axis n."""
+
+    placed: world.Placed
+    start: Int[Array, " n"]  # first frame
+    corner: Int[Array, "n 2"]  # (row, column) of the crop's upper left pixel, on the torus
+
+
+def vae_task(
+    config: ModelConfig, start: PyTree | None = None, *, steps: int, batch: int, frames: int, crop: int, seed: int = 0
+) -> Task:
+    """The VAE's training.
+
+    Args:
+        start: parameters to go on from; None: random ones.
+        frames: pixel frames of a clip, 4k + 1.
+        crop: height and width of a clip, a multiple of 16.
+    """
+    graph, _ = network_graph(config, "vae", jnp.float32)
+
+    def init() -> PyTree:
+        # A copy, because a training step consumes its state.
+        made = nnx.split(WanVAE(config.vae, rngs=nnx.Rngs(seed)))[1] if start is None else start
+        return jax.tree.map(jnp.copy, made)
+
+    def loss(params: PyTree, clips: Clips, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
+        videos = jax.vmap(functools.partial(_crop, frames=frames, size=crop))(clips)
+        vae = nnx.merge(graph, params)
+
+        def code(video: Frames, key: Array):
+            latents = vae.encoder.encode(video)
+            noisy = latents + LATENT_NOISE * jax.random.normal(key, latents.shape)
+            return vae.decoder.decode_unclamped(noisy), latents
+
+        decoded, latents = jax.vmap(code)(videos, jax.random.split(key, batch))
+        error = decoded - videos
+        pixels = jnp.mean(jnp.abs(error))
+        differences = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2, 3))
+        size = jnp.mean(latents**2)
+        psnr = 10 * jnp.log10(4 / jnp.mean(error**2))
+        total = pixels + DIFFERENCE_WEIGHT * differences + LATENT_COST * size
+        return total, {"l1": pixels, "psnr": psnr, "latent_power": size}
+
+    return Task(f"vae_{frames}x{crop}", init, lambda step: _clips(step, batch, crop, seed), loss, steps, 2e-3)
+
+
+def _clips(step: int, batch: int, crop: int, seed: int) -> Clips:
+    rng = np.random.default_rng((seed, step))
+    placed, starts, corners = [], [], []
+    for _ in range(batch):
+        number = int(rng.integers(2**31))
+        placed.append(world.place(world.training_scene(number), world.draw_openings(number)))
+        starts.append(rng.integers(LAST_FRAME))
+        centre = world.pose(jax.tree.map(jnp.asarray, placed[-1]), jnp.int32(starts[-1])).centre[0]
+        corners.append(np.asarray(centre)[::-1].astype(int) - rng.integers(crop // 4, 3 * crop // 4, 2))
+    return Clips(world.stack(placed), np.array(starts, np.int32), np.stack(corners).astype(np.int32))
+
+
+def _crop(clip: Clips, *, frames: int, size: int) -> Float[Array, "T size size 3"]:
+    """One clip of the batch."""
+    video = world.render(clip.placed, clip.start + jnp.arange(frames))
+    return jnp.roll(video, -clip.corner, axis=(1, 2))[:, :size, :size]
+
+
+def standardise(config: ModelConfig, params: PyTree, latents: Float[Array, "n F C h w"]) -> PyTree:
+    """The same VAE with latents of mean 0 a channel and mean square 1 in all; the decoder undoes what the encoder does.
+
+    One scale for all channels: a channel that says little stays small, or the diffusion model would have to get its
+    noise right.
+
+    Args:
+        latents: of videos of the world.
+    """
+    mean = latents.mean(axis=(0, 1, 3, 4))
+    size = jnp.sqrt(jnp.mean((latents - mean[:, None, None]) ** 2))
+    std, shift = jnp.array(LATENT_STD), jnp.array(LATENT_MEAN)
+    # A normalised latent z becomes (z - mean) / size. Both networks have a dense layer next to the latents that works
+    # on the published scale, y = z * std + shift.
+    new_shift = shift - (mean * std + shift) / size
+    params = jax.tree.map(lambda leaf: leaf, params)
+    quant, post_quant = params["encoder"]["quant"], params["decoder"]["post_quant"]
+    channels = config.vae.z_dim
+    kernel, bias = quant["kernel"][...], quant["bias"][...]
+    quant["kernel"] = quant["kernel"].replace(kernel.at[:, :channels].divide(size))
+    quant["bias"] = quant["bias"].replace(bias.at[:channels].set(bias[:channels] / size + new_shift))
+    kernel, bias = post_quant["kernel"][...], post_quant["bias"][...]
+    post_quant["kernel"] = post_quant["kernel"].replace(kernel * size)
+    post_quant["bias"] = post_quant["bias"].replace(bias - (new_shift * size) @ kernel)
+    return params
+
+
+def psnr(a: Frames, b: Frames) -> Scalar:
+    """Peak signal-to-noise ratio in dB of two videos in [-1, 1]."""
+    return 10 * jnp.log10(4 / jnp.mean((a - b) ** 2))

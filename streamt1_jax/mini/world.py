@@ -1,0 +1,337 @@
+"""A little world of moving shapes: what the embedded model is trained on, and what its captions mean.
+
+- A `Scene` is what a caption says, in words; `place` adds what it leaves open (where things start); `render` gives
+  the pixels of any frame, so a video has no end and any part of it can be made alone.
+- Once placed, nothing is random: a later frame follows from an earlier one, and what a viewer may demand of a video
+  of the world (`checks.py`) is exact.
+- The world is a torus: what leaves on the right comes back on the left, so that "moves right" is true for ever.
+
+>>> scene = random_scene(seed=7)
+>>> scene.caption()                                                   # a sentence of the grammar
+>>> video = render(place(scene, draw_openings(seed=7)), jnp.arange(81))              # [81, 80, 128, 3] in [-1, 1]
+"""
+
+import itertools
+import random
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from streamt1_jax.errors import BadInputError
+from streamt1_jax.types import Frames
+
+HEIGHT, WIDTH = 80, 128  # pixels
+FRAME_RATE = 16  # frames per second
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (240, 220, 60),
+    "green": (50, 190, 80),
+    "cyan": (70, 215, 225),
+    "blue": (50, 85, 235),
+    "purple": (160, 60, 210),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+SIZES = {"small": 9.0, "": 13.0, "large": 18.0}  # radius in pixels; an object without a size word is between the two
+SPEEDS = {"slowly": 0.8, "": 1.6, "quickly": 3.2}  # pixels per frame
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y) of the picture, y downwards
+BACKGROUNDS = ("black", "gray", "brown", "striped", "checkered")  # a caption without one means black
+
+SPIN = 2 * np.pi / 48  # radians per frame, clockwise: a turn in three seconds
+GROWTH = 0.35  # the radius changes by this share, up and down
+GROWTH_PERIOD = 64  # frames
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object in words. `motion` is "moves right" and the like, "bounces", "spins", "grows and shrinks" or
+    "stands still"; `speed` belongs to moving and bouncing."""
+
+    colour: str
+    shape: str
+    motion: str
+    size: str = ""
+    speed: str = ""
+
+    def __post_init__(self):
+        known = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "size": SIZES, "speed": SPEEDS}
+        for key, values in known.items():
+            if getattr(self, key) not in values:
+                raise BadInputError(f"{key} is {getattr(self, key)!r}, expected one of {', '.join(map(repr, values))}")
+
+    def caption(self) -> str:
+        noun = " ".join(word for word in (self.size, self.colour, self.shape) if word)
+        article = "an" if noun[0] in "aeiou" else "a"
+        return " ".join(word for word in (article, noun, self.motion, self.speed) if word)
+
+
+MOVES = tuple(f"moves {direction}" for direction in DIRECTIONS)
+MOTIONS = (*MOVES, "bounces", "spins", "grows and shrinks", "stands still")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two things, the first in front of the second, on a background."""
+
+    things: tuple[Thing, ...]
+    background: str = "black"
+
+    def __post_init__(self):
+        if not 1 <= len(self.things) <= 2:
+            raise BadInputError(f"a scene has {len(self.things)} things, expected one or two")
+        if self.background not in BACKGROUNDS:
+            raise BadInputError(f"background is {self.background!r}, expected one of {', '.join(BACKGROUNDS)}")
+
+    def caption(self) -> str:
+        """The one sentence of the grammar that says this scene."""
+        behind = "" if self.background == "black" else f" on a {self.background} background"
+        return " and ".join(thing.caption() for thing in self.things) + behind
+
+
+def random_scene(seed: int) -> Scene:
+    """A scene of the grammar; two things have different colours."""
+    rng = random.Random(seed)
+    colours = rng.sample(list(COLOURS), rng.choice((1, 2)))
+    things = tuple(_random_thing(rng, colour) for colour in colours)
+    return Scene(things, rng.choice(("black", "black", *BACKGROUNDS)))
+
+
+def _random_thing(rng: random.Random, colour: str) -> Thing:
+    motion = rng.choice((*MOVES, *MOTIONS))
+    # A turning circle or ring cannot be told from one at rest.
+    shape = rng.choice([shape for shape in SHAPES if motion != "spins" or shape not in ("circle", "ring")])
+    speed = rng.choice(list(SPEEDS)) if motion in MOVES or motion == "bounces" else ""
+    return Thing(colour, shape, motion, rng.choice(list(SIZES)), speed)
+
+
+def parse_caption(caption: str) -> Scene:
+    """The scene that a sentence of the grammar says; the inverse of `Scene.caption`.
+
+    Raises:
+        BadInputError: not a sentence of the grammar.
+    """
+    text, _, backdrop = caption.strip().lower().removesuffix(".").partition(" on a ")
+    return Scene(
+        tuple(_parse_thing(part, caption) for part in _split_things(text)),
+        backdrop.removesuffix(" background") or "black",
+    )
+
+
+def _split_things(text: str) -> list[str]:
+    # "grows and shrinks" has an "and" of its own.
+    return [part.replace("&", "and") for part in text.replace("grows and", "grows &").split(" and ")]
+
+
+def _parse_thing(text: str, caption: str) -> Thing:
+    words = text.split()
+    words = words[1:] if words and words[0] in ("a", "an", "the") else words
+    size = words.pop(0) if words and words[0] in SIZES else ""
+    if len(words) < 3:
+        raise BadInputError(
+            f"{caption!r} is not a sentence of the little world, expected one such as {_EXAMPLE.caption()!r}"
+        )
+    speed = words.pop() if words[-1] in SPEEDS else ""
+    colour, shape, *motion = words
+    return Thing(colour, shape, " ".join(motion), size, speed)
+
+
+_EXAMPLE = Scene((Thing("red", "circle", "moves right"), Thing("blue", "square", "spins", size="large")), "striped")
+
+
+class Placed(NamedTuple):
+    """A scene as numbers: one row an object; an absent second object has radius 0. Lengths in pixels."""
+
+    shape: Int[Array, " n"]  # index into SHAPES
+    colour: Float[Array, "n 3"]  # in [-1, 1]
+    radius: Float[Array, " n"]
+    growth: Float[Array, " n"]  # 0, or GROWTH
+    phase: Float[Array, " n"]  # of growing, radians
+    start: Float[Array, "n 2"]  # centre (x, y) in frame 0
+    velocity: Float[Array, "n 2"]  # (x, y) per frame
+    bounces: Float[Array, " n"]  # 1: reflected at the border; 0: comes back on the other side
+    angle: Float[Array, " n"]  # in frame 0, radians clockwise
+    spin: Float[Array, " n"]  # radians per frame
+    background: Int[Array, ""]  # index into BACKGROUNDS
+
+
+OPENINGS = 6  # numbers that a caption leaves open, per thing: x, y, direction in x, in y, angle, phase
+
+
+def draw_openings(seed: int) -> Float[np.ndarray, "2 6"]:
+    """What captions leave open, for two things: normal numbers, so that noise can say them (`train_dit.py`)."""
+    return np.random.default_rng(seed).standard_normal((2, OPENINGS))
+
+
+def place(scene: Scene, openings: Float[np.ndarray, "2 6"]) -> Placed:
+    """Where things start, which way they bounce, at what angle and in what phase they begin."""
+    rows = [_place_thing(thing, opening) for thing, opening in zip(scene.things, openings, strict=False)]
+    rows += [{key: np.zeros_like(value) for key, value in rows[0].items()}] * (2 - len(rows))
+    columns = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return Placed(**columns, background=np.int32(BACKGROUNDS.index(scene.background)))
+
+
+def _place_thing(thing: Thing, opening: Float[np.ndarray, "6"]) -> dict[str, np.ndarray]:
+    x, y, right, down, angle, phase = map(NormalDist().cdf, opening)  # uniform in 0 to 1
+    radius = SIZES[thing.size]
+    margin = radius * (1 + GROWTH)
+    start = np.array([margin + x * (WIDTH - 2 * margin), margin + y * (HEIGHT - 2 * margin)])
+    speed = SPEEDS[thing.speed]
+    velocity = np.zeros(2)
+    if thing.motion in MOVES:
+        velocity = speed * np.array(DIRECTIONS[thing.motion.removeprefix("moves ")], float)
+    elif thing.motion == "bounces":
+        velocity = speed * np.sqrt(0.5) * np.where(np.array([right, down]) < 0.5, -1.0, 1.0)
+    spins, grows = thing.motion == "spins", thing.motion == "grows and shrinks"
+    row = {
+        "shape": np.int32(SHAPES.index(thing.shape)),
+        "colour": np.array(COLOURS[thing.colour]) / 127.5 - 1,
+        "radius": radius,
+        "growth": GROWTH * grows,
+        "phase": 2 * np.pi * phase * grows,
+        "start": start,
+        "velocity": velocity,
+        "bounces": float(thing.motion == "bounces"),
+        "angle": 2 * np.pi * angle * spins,  # what does not turn stands upright
+        "spin": SPIN * spins,
+    }
+    return {key: value if key == "shape" else np.asarray(value, np.float32) for key, value in row.items()}
+
+
+class Pose(NamedTuple):
+    """Where the objects are in one frame."""
+
+    centre: Float[Array, "n 2"]
+    radius: Float[Array, " n"]
+    angle: Float[Array, " n"]
+
+
+def pose(placed: Placed, frame: Int[Array, ""]) -> Pose:
+    """Where the objects are in a frame of any number: no step depends on the one before."""
+    t = frame.astype(jnp.float32)
+    size = jnp.array([WIDTH, HEIGHT], jnp.float32)
+    radius = placed.radius * (1 + placed.growth * jnp.sin(2 * jnp.pi * t / GROWTH_PERIOD + placed.phase))
+    moved = placed.start + placed.velocity * t
+    # Between two walls a path is a triangle wave: unfold it, then fold it back.
+    low, span = placed.radius[:, None], size - 2 * placed.radius[:, None]
+    unfolded = jnp.mod(moved - low, 2 * span)
+    reflected = low + span - jnp.abs(unfolded - span)
+    centre = jnp.where(placed.bounces[:, None] > 0, reflected, jnp.mod(moved, size))
+    return Pose(centre, radius, placed.angle + placed.spin * t)
+
+
+def render(placed: Placed, frames: Int[Array, " T"]) -> Frames:
+    """The pixels of the given frames, [T, 80, 128, 3] in [-1, 1]."""
+    background = _background(placed.background)
+    return jax.vmap(lambda frame: _draw(placed, pose(placed, frame), background))(jnp.asarray(frames))
+
+
+def _draw(placed: Placed, posed: Pose, picture: Float[Array, "H W 3"]) -> Float[Array, "H W 3"]:
+    for i in reversed(range(placed.shape.shape[0])):  # the first stands in front
+        inside = coverage(placed.shape[i], posed.centre[i], posed.radius[i], posed.angle[i])[..., None]
+        inside = inside * (placed.radius[i] > 0)
+        picture = picture * (1 - inside) + placed.colour[i] * inside
+    return picture
+
+
+def coverage(
+    shape: Int[Array, ""], centre: Float[Array, "2"], radius: Float[Array, ""], angle: Float[Array, ""]
+) -> Float[Array, "H W"]:
+    """How much of each pixel the object covers, 0 to 1: its edge is one pixel soft."""
+    x = jnp.arange(WIDTH) + 0.5 - centre[0]
+    y = jnp.arange(HEIGHT)[:, None] + 0.5 - centre[1]
+    # The shortest way round the torus.
+    x, y = (jnp.mod(d + n / 2, n) - n / 2 for d, n in ((x, WIDTH), (y, HEIGHT)))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    unit = jnp.maximum(radius, 1e-3)
+    u, v = (cos * x + sin * y) / unit, (cos * y - sin * x) / unit
+    distances = jnp.stack([of_shape(u, v) for of_shape in _SIGNED_DISTANCES.values()])
+    return jnp.clip(0.5 - distances[shape] * unit, 0.0, 1.0)
+
+
+def _circle(x, y):
+    return jnp.hypot(x, y) - 0.9
+
+
+def _square(x, y):
+    return jnp.maximum(jnp.abs(x), jnp.abs(y)) - 0.8
+
+
+def _triangle(x, y):
+    sides = [(np.cos(a), np.sin(a)) for a in np.deg2rad([90, 210, 330])]  # of the edges' normals; one points down
+    return jnp.max(jnp.stack([x * c + y * s for c, s in sides]), axis=0) - 0.55
+
+
+def _star(x, y):
+    """Five points: the plane is folded onto a tenth of it, where the outline is one straight edge."""
+    turn = 2 * np.pi / 5
+    around = jnp.mod(jnp.arctan2(x, -y) + turn / 2, turn) - turn / 2
+    length = jnp.hypot(x, y)
+    u, v = length * jnp.cos(around), length * jnp.abs(jnp.sin(around))
+    tip, notch = np.array([1.0, 0.0]), 0.45 * np.array([np.cos(turn / 2), np.sin(turn / 2)])
+    edge = notch - tip
+    normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+    return normal[0] * (u - tip[0]) + normal[1] * (v - tip[1])
+
+
+def _ring(x, y):
+    return jnp.abs(jnp.hypot(x, y) - 0.72) - 0.25
+
+
+def _cross(x, y):
+    wide, narrow = (jnp.maximum(jnp.abs(a) - 0.95, jnp.abs(b) - 0.32) for a, b in ((x, y), (y, x)))
+    return jnp.minimum(wide, narrow)
+
+
+_SIGNED_DISTANCES = dict(zip(SHAPES, (_circle, _square, _triangle, _star, _ring, _cross), strict=True))
+
+
+def _background(index: Int[Array, ""]) -> Float[Array, "H W 3"]:
+    """Muted: no background is as bright or as colourful as an object."""
+    x, y = np.arange(WIDTH)[None, :, None], np.arange(HEIGHT)[:, None, None]
+    black, gray, brown, dark, light = (np.array(c) for c in ((12,) * 3, (105,) * 3, (92, 66, 44), (40,) * 3, (80,) * 3))
+    pictures = {
+        "black": black + 0 * (x + y),
+        "gray": gray + 0 * (x + y),
+        "brown": brown + 0 * (x + y),
+        "striped": np.where(x // 8 % 2 == 0, dark, light) + 0 * y,
+        "checkered": np.where((x // 8 + y // 8) % 2 == 0, dark, light),
+    }
+    return jnp.asarray(np.stack([pictures[name] for name in BACKGROUNDS]) / 127.5 - 1, jnp.float32)[index]
+
+
+def held_out_scenes(count: int, seed: int = 1_000_000) -> list[Scene]:
+    """Scenes with different captions for checking the model; `is_held_out` keeps them from training."""
+    found: dict[str, Scene] = {}
+    for scene in (random_scene(s) for s in itertools.count(seed)):
+        if is_held_out(scene):
+            found.setdefault(scene.caption(), scene)
+        if len(found) == count:
+            return list(found.values())
+    raise AssertionError("the count of seeds has no end")
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether the first thing's colour and shape, together, are kept out of training in this motion.
+
+    One combination in sixteen or so: every word and every pair of words is seen in training, not every sentence.
+    """
+    thing = scene.things[0]
+    key = (list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), MOTIONS.index(thing.motion))
+    return (5 * key[0] + 3 * key[1] + 7 * key[2]) % 16 == 0
+
+
+def training_scene(seed: int) -> Scene:
+    """The scene of a seed, or of the next one that is not held out."""
+    return next(s for s in (random_scene(n) for n in itertools.count(64 * seed)) if not is_held_out(s))
+
+
+def stack(placed: list[Placed]) -> Placed:
+    """Many placed scenes as one batch: every leaf gets a leading axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *placed)
