@@ -21,6 +21,7 @@ from streamt1_jax import __version__
 from streamt1_jax.config import RunConfig, SearchConfig
 from streamt1_jax.errors import BadInputError, RewardError
 from streamt1_jax.generator import Conditioning, Generator, wan_generator
+from streamt1_jax.mini.shipped import is_mini
 from streamt1_jax.models.attention import attention_path
 from streamt1_jax.models.umt5 import encode_prompt
 from streamt1_jax.networks import network_graph
@@ -57,6 +58,12 @@ class _Request:
     config: RunConfig
     search: Search
     conditioning: Conditioning
+
+
+def _find_weights(name_or_dir: str | Path) -> Weights:
+    if str(name_or_dir) == "mini":
+        return MiniWeights()
+    return MiniWeights(name_or_dir) if is_mini(name_or_dir) else CheckpointWeights(name_or_dir)
 
 
 class StreamT1Pipeline:
@@ -108,7 +115,7 @@ class StreamT1Pipeline:
             WeightsError: no such checkpoint, or one that is not what its manifest says.
             BadInputError: a full-size model on a CPU without `allow_cpu`.
         """
-        weights = MiniWeights() if str(name_or_dir) == "mini" else CheckpointWeights(name_or_dir)
+        weights = _find_weights(name_or_dir)
         dit = weights.config.dit
         size = dit.num_layers * dit.dim * (8 * dit.dim + 2 * dit.ffn_dim)
         if jax.default_backend() == "cpu" and size > FULL_SIZE and not allow_cpu:

@@ -15,9 +15,8 @@ from jaxtyping import PyTree
 
 from streamt1_jax.checkpoint import load_params, open_checkpoint, verify
 from streamt1_jax.config import ModelConfig
+from streamt1_jax.mini import shipped
 from streamt1_jax.networks import network_graph
-
-MINI_SEED = 0
 
 
 @runtime_checkable
@@ -61,25 +60,31 @@ def random_params(abstract: PyTree, seed: int) -> PyTree:
 
 
 class MiniWeights:
-    """The embedded model. Its weights are not trained yet: random numbers from a fixed seed."""
+    """The embedded model: what the package ships, or what `streamt1 train-mini` wrote."""
 
     config = ModelConfig.mini()
     tokenizer = Path(__file__).parent / "mini" / "tokenizer"
 
+    def __init__(self, folder: str | Path = shipped.FOLDER):
+        self.folder = Path(folder)
+        self.manifest = shipped.read_manifest(self.folder)
+
     def generator_params(self, dtype: Any) -> PyTree:
-        return {
-            "dit": random_params(network_graph(self.config, "dit", dtype)[1], MINI_SEED),
-            "decoder": random_params(network_graph(self.config, "decoder", dtype)[1], MINI_SEED),
-        }
+        return {"dit": self._load("dit", dtype), "decoder": self._load("vae", dtype)["decoder"]}
 
     def text_params(self, dtype: Any) -> PyTree:
-        return random_params(network_graph(self.config, "text", dtype)[1], MINI_SEED)
+        return self._load("text", dtype)
+
+    def _load(self, network: str, dtype: Any) -> PyTree:
+        return shipped.load_mini(self.folder, network, network_graph(self.config, network, dtype)[1])
 
     def describe(self) -> dict[str, Any]:
         return {
             "name": "mini",
-            "summary": f"untrained: random weights from the fixed seed {MINI_SEED}",
-            "trained": False,
+            "summary": self.manifest["origin"]["summary"],
+            "trained": True,
+            "origin": self.manifest["origin"],
+            "sha256": self.manifest["sha256"],
         }
 
 

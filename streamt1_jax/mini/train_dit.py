@@ -48,6 +48,7 @@ def coupled_noise(noise: Float[Array, "f C h w"], openings: Float[Array, " z"]) 
 
 
 def dit_task(
+    name: str,
     config: ModelConfig,
     stream: StreamConfig,
     data: Sequences,
@@ -55,7 +56,6 @@ def dit_task(
     *,
     steps: int,
     batch: int,
-    learning_rate: float,
     own_outputs: bool,
     seed: int = 0,
 ) -> Task:
@@ -126,7 +126,7 @@ def dit_task(
         rows = np.random.default_rng((seed, step)).choice(len(data.latents), batch, replace=False)
         return Sequences(*(leaf[np.sort(rows)] for leaf in data))
 
-    return Task("dit_own" if own_outputs else "dit", init, draw, loss, steps, learning_rate)
+    return Task(name, init, draw, loss, steps, learning_rate=2e-3)
 
 
 def _past(caches: list[KV], stream: StreamConfig, key: Array) -> Past | None:

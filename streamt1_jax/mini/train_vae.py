@@ -38,12 +38,22 @@ class Clips(NamedTuple):
 
 
 def vae_task(
-    config: ModelConfig, start: PyTree | None = None, *, steps: int, batch: int, frames: int, crop: int, seed: int = 0
+    name: str,
+    config: ModelConfig,
+    start: PyTree | None = None,
+    *,
+    steps: int,
+    decay_steps: int | None = None,
+    batch: int,
+    frames: int,
+    crop: int,
+    seed: int = 0,
 ) -> Task:
     """The VAE's training.
 
     Args:
         start: parameters to go on from; None: random ones.
+        decay_steps: where the rate's cosine ends; None: with the last step.
         frames: pixel frames of a clip, 4k + 1.
         crop: height and width of a clip, a multiple of 16.
     """
@@ -72,7 +82,10 @@ def vae_task(
         total = pixels + DIFFERENCE_WEIGHT * differences + LATENT_COST * size
         return total, {"l1": pixels, "psnr": psnr, "latent_power": size}
 
-    return Task(f"vae_{frames}x{crop}", init, lambda step: _clips(step, batch, crop, seed), loss, steps, 2e-3)
+    def clips(step: int) -> Clips:
+        return _clips(step, batch, crop, seed)
+
+    return Task(name, init, clips, loss, steps, learning_rate=2e-3, decay_steps=decay_steps)
 
 
 def _clips(step: int, batch: int, crop: int, seed: int) -> Clips:

@@ -34,6 +34,7 @@ class Task:
     loss: Loss  # (parameters, batch, key) -> loss, figures to print
     steps: int
     learning_rate: float
+    decay_steps: int | None = None  # where the rate's cosine ends; None: with the last step
     warmup: int = 100  # steps
     ema_decay: float = 0.998
 
@@ -57,7 +58,7 @@ def make_optimizer(task: Task) -> Any:
 
     warmup = min(task.warmup, task.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, task.learning_rate, warmup, max(task.steps, warmup + 1), task.learning_rate / 100
+        0.0, task.learning_rate, warmup, max(task.decay_steps or task.steps, warmup + 1), task.learning_rate / 100
     )
     muon = optax.contrib.muon(
         schedule, adam_b2=0.99, consistent_rms=0.2, muon_weight_dimension_numbers=_matrices, weight_decay=1e-4

@@ -1,0 +1,101 @@
+"""The embedded model's weights as they are shipped: one safetensors file in 16 bits and a manifest beside it.
+
+`streamt1 train-mini` writes the same two files, so a folder of its own can be used as a checkpoint.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from streamt1_jax.checkpoint import file_sha256
+from streamt1_jax.errors import WeightsError
+
+FOLDER = Path(__file__).parent / "weights"
+TENSORS, MANIFEST = "mini.safetensors", "mini.json"
+STORED = np.float16  # finer than bfloat16 for numbers of the size of weights
+
+
+def is_mini(folder: str | Path) -> bool:
+    """Whether a folder holds weights of the embedded model."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def save_mini(folder: Path, networks: dict[str, PyTree], origin: dict[str, Any]) -> None:
+    """Writes both files.
+
+    Args:
+        networks: parameters by the network's name.
+        origin: how they were made, for people; goes into the manifest as it is.
+
+    Raises:
+        WeightsError: a number too large for 16 bits.
+    """
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{network}/{name}": np.asarray(leaf, STORED)
+        for network, params in networks.items()
+        for name, leaf in _named(params)
+    }
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise WeightsError(f"{name} has values that float16 cannot hold; train again with a lower rate")
+    save_file(tensors, folder / TENSORS)
+    manifest = {"file": TENSORS, "sha256": file_sha256(folder / TENSORS), "networks": list(networks), "origin": origin}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `save_mini` wrote beside the tensors.
+
+    Raises:
+        WeightsError: no manifest, or not a readable one.
+    """
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{folder / MANIFEST} cannot be read ({error}), expected the manifest of the embedded model; "
+            "install the package again, or run streamt1 train-mini"
+        ) from error
+
+
+def load_mini(folder: Path, network: str, abstract: PyTree) -> PyTree:
+    """The parameters of one network, in the types of `abstract`; the file is verified first.
+
+    Raises:
+        WeightsError: the file is not the manifest's, or does not hold the network in these shapes.
+    """
+    from safetensors import safe_open
+
+    manifest, path = read_manifest(folder), folder / TENSORS
+    found = file_sha256(path) if path.is_file() else "missing"
+    if found != manifest["sha256"]:
+        raise WeightsError(
+            f"{path}: sha256 is {found}, the manifest says {manifest['sha256']}; install the package again"
+        )
+    names = [f"{network}/{name}" for name, _ in _named(abstract)]
+    leaves, structure = jax.tree.flatten(abstract)
+    with safe_open(path, "numpy") as file:
+        stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dict
+        wrong = [
+            f"{name} is {stored.get(name, 'missing')}, expected {list(leaf.shape)}"
+            for name, leaf in zip(names, leaves, strict=True)
+            if list(stored.get(name, [])) != list(leaf.shape)
+        ]
+        if wrong:
+            raise WeightsError(f"{path} was made for another size of the embedded model: {'; '.join(wrong[:3])}")
+        made = [jnp.asarray(file.get_tensor(name), leaf.dtype) for name, leaf in zip(names, leaves, strict=True)]
+    return jax.tree.unflatten(structure, made)
+
+
+def _named(params: PyTree) -> list[tuple[str, Any]]:
+    """(name, leaf) of every parameter, such as ("blocks/ffn_in/kernel", ...)."""
+    pairs = jax.tree_util.tree_leaves_with_path(params)
+    return [("/".join(str(key.key) for key in path if hasattr(key, "key")), leaf) for path, leaf in pairs]

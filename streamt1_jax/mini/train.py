@@ -1,0 +1,145 @@
+"""`streamt1 train-mini`: the shipped weights from nothing, in stages that each resume where they were stopped.
+
+vae        short clips, on which shapes and colours are learned quickly
+vae_long   longer ones: a causal network sees more and more of the past as a video goes on
+(encode)   sequences of the world as latents, kept in the folder
+dit        flow matching with true chunks in the cache
+dit_own    the same with the network's own outputs in the cache
+"""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import PyTree
+
+from streamt1_jax.config import ModelConfig, StreamConfig
+from streamt1_jax.errors import BadInputError
+from streamt1_jax.mini import world
+from streamt1_jax.mini.sequences import Sequences, encode_sequences
+from streamt1_jax.mini.shipped import save_mini
+from streamt1_jax.mini.train_dit import dit_task
+from streamt1_jax.mini.train_vae import standardise, vae_task
+from streamt1_jax.mini.training import Task, fit
+from streamt1_jax.networks import network_graph
+from streamt1_jax.text import Tokenizer
+from streamt1_jax.weights import MiniWeights
+
+Report = Callable[[str, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps of every stage, sequences to encode, and batch sizes. The defaults take two CPU cores about three hours."""
+
+    vae: int = 1500
+    vae_long: int = 1400
+    sequences: int = 2500
+    dit: int = 1400
+    dit_own: int = 800
+    dit_batch: int = 6
+    chunks: int = 5  # of a sequence
+
+    def __post_init__(self):
+        wrong = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) < 1]
+        if wrong:
+            raise BadInputError(f"{', '.join(wrong)} must be at least 1; leave the key out for its default")
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Recipe":
+        """`vae=100,dit=50`: the named numbers instead of the defaults.
+
+        Raises:
+            BadInputError: an unknown name, or no whole number of at least 1.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        found = {}
+        for pair in (text or "").split(","):
+            key, _, value = pair.partition("=")
+            if text and (key not in known or not value.isdecimal()):
+                raise BadInputError(f"--steps has {pair!r}, expected NAME=NUMBER with a name of {', '.join(known)}")
+            if text:
+                found[key] = int(value)
+        return cls(**found)
+
+
+def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False, report: Report | None = None) -> None:
+    """Trains all networks; writes `mini.safetensors` and `mini.json` into `out`, and checkpoints beside them.
+
+    Args:
+        resume: go on in a folder that has checkpoints.
+        report: called with the stage's name and its figures.
+
+    Raises:
+        BadInputError: checkpoints are there already and `resume` is False.
+    """
+    config, stream = ModelConfig.mini(), StreamConfig()
+    out.mkdir(parents=True, exist_ok=True)
+
+    def run(task: Task) -> PyTree:
+        say = None if report is None else functools.partial(report, task.name)
+        return fit(task, out, seed=seed, resume=resume, report=say)
+
+    vae = run(vae_task("vae", config, steps=recipe.vae, decay_steps=2 * recipe.vae, batch=8, frames=5, crop=48))
+    vae = run(vae_task("vae_long", config, vae, steps=recipe.vae_long, batch=4, frames=17, crop=48, seed=seed + 1))
+    vae = standardise(config, vae, _latents_of_the_world(config, vae))
+    data = _sequences(out, config, vae, recipe, seed, report)
+    options = {"batch": recipe.dit_batch, "seed": seed}
+    made = run(dit_task("dit", config, stream, data, steps=recipe.dit, own_outputs=False, **options))
+    made = run(dit_task("dit_own", config, stream, data, made, steps=recipe.dit_own, own_outputs=True, **options))
+    save_mini(out, {"vae": vae, **made}, _origin(recipe, seed))
+
+
+def _latents_of_the_world(config: ModelConfig, vae: PyTree) -> jax.Array:
+    """Latents of some videos of training, 33 frames each: for their mean and size."""
+    graph, _ = network_graph(config, "vae", jnp.float32)
+    numbers = range(16)
+    placed = world.stack([world.place(world.training_scene(n), world.draw_openings(n)) for n in numbers])
+
+    def encode(vae: PyTree, placed: world.Placed) -> jax.Array:
+        return nnx.merge(graph, vae).encoder.encode(world.render(placed, jnp.arange(33)))
+
+    return jax.jit(jax.vmap(encode, in_axes=(None, 0)))(vae, placed)
+
+
+def _sequences(
+    out: Path, config: ModelConfig, vae: PyTree, recipe: Recipe, seed: int, report: Report | None
+) -> Sequences:
+    """The training set; a stopped run finds it in its folder."""
+    path = out / f"sequences_{recipe.sequences}x{recipe.chunks}.npz"
+    if not path.exists():
+        tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=config.dit.text_len, vocab_size=config.text.vocab_size)
+        count, chunks = recipe.sequences, recipe.chunks
+        say = (lambda done: None) if report is None else (lambda done: report("encode", {"step": done, "steps": count}))
+        made = encode_sequences(config, vae, tokenizer, count=count, chunks=chunks, seed=seed, report=say)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, **made._asdict())
+        partial.replace(path)
+    with np.load(path) as stored:
+        return Sequences(**{key: stored[key] for key in Sequences._fields})
+
+
+def _origin(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """How the weights were made; the commit is None outside a repository."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    steps = ",".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items())
+    return {
+        "summary": f"trained on the little world (seed {seed})",
+        "command": f"streamt1 train-mini --steps {steps} --seed {seed}",
+        "commit": commit.stdout.strip() or None,
+        "seed": seed,
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+    }
