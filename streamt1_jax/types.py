@@ -9,7 +9,12 @@ B beams kept           K candidates per beam  n any batch
 
 from typing import TypeAlias
 
+import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+
+# Made by NumPy on the host or traced by JAX: batches of training data are both, one after the other.
+HostOrDevice: TypeAlias = jax.Array | np.ndarray
 
 Latents: TypeAlias = Float[Array, "F C h w"]
 Chunk: TypeAlias = Float[Array, "f C h w"]

@@ -14,6 +14,7 @@ from streamt1_jax.config import ModelConfig
 from streamt1_jax.mini import world
 from streamt1_jax.networks import network_graph
 from streamt1_jax.text import Tokenizer
+from streamt1_jax.types import HostOrDevice
 
 CHUNK = 3  # latent frames
 FIRST_PIXELS, CHUNK_PIXELS = 9, 12  # pixel frames of chunk 0 and of every other
@@ -24,11 +25,11 @@ LAST_CHUNK = 60  # the latest start of such a run: 45 seconds
 class Sequences(NamedTuple):
     """A batch, or a whole set. Leading axis n, then chunks c where there is one a chunk."""
 
-    latents: Float[Array, "n c f C h w"]  # chunk 0, then a run of neighbours
-    start: Int[Array, "n c"]  # first latent frame of each chunk
-    openings: Float[Array, "n z"]  # of the scene: where things are in chunk 0
-    tokens: Int[Array, "n P"]
-    mask: Int[Array, "n P"]
+    latents: Float[HostOrDevice, "n c f C h w"]  # chunk 0, then a run of neighbours
+    start: Int[HostOrDevice, "n c"]  # first latent frame of each chunk
+    openings: Float[HostOrDevice, "n z"]  # of the scene: where things are in chunk 0
+    tokens: Int[HostOrDevice, "n P"]
+    mask: Int[HostOrDevice, "n P"]
 
 
 def encode_sequences(

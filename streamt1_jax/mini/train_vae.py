@@ -21,7 +21,7 @@ from streamt1_jax.mini import world
 from streamt1_jax.mini.training import Task
 from streamt1_jax.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from streamt1_jax.networks import network_graph
-from streamt1_jax.types import Frames, Scalar
+from streamt1_jax.types import Frames, HostOrDevice, Scalar
 
 LATENT_NOISE = 0.15
 LATENT_COST = 1e-3
@@ -33,8 +33,8 @@ class Clips(NamedTuple):
     """A batch: which clips to render. Leading axis n."""
 
     placed: world.Placed
-    start: Int[Array, " n"]  # first frame
-    corner: Int[Array, "n 2"]  # (row, column) of the crop's upper left pixel, on the torus
+    start: Int[HostOrDevice, " n"]  # first frame
+    corner: Int[HostOrDevice, "n 2"]  # (row, column) of the crop's upper left pixel, on the torus
 
 
 def vae_task(

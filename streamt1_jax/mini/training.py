@@ -58,7 +58,11 @@ def make_optimizer(task: Task) -> Any:
 
     warmup = min(task.warmup, task.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, task.learning_rate, warmup, max(task.decay_steps or task.steps, warmup + 1), task.learning_rate / 100
+        task.learning_rate / 100,
+        task.learning_rate,
+        warmup,
+        max(task.decay_steps or task.steps, warmup + 1),
+        task.learning_rate / 100,
     )
     muon = optax.contrib.muon(
         schedule, adam_b2=0.99, consistent_rms=0.2, muon_weight_dimension_numbers=_matrices, weight_decay=1e-4
@@ -96,10 +100,12 @@ def make_train_step(task: Task, seed: int) -> Callable[[TrainState, PyTree], tup
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Scalar]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, figures), gradient = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, key)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers and multiplies floats by them
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         # Early on the average follows closely, or the random start would stay in it.
-        decay = jnp.minimum(task.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        made = state.step.astype(jnp.float32)
+        decay = jnp.minimum(task.ema_decay, (1 + made) / (10 + made))
         ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), state.ema, params)
         figures = figures | {"loss": loss, "gradient": optax.global_norm(gradient)}
         return TrainState(state.step + 1, params, optimizer_state, ema), figures

@@ -12,6 +12,7 @@
 """
 
 import itertools
+import math
 import random
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.types import Frames
+from streamt1_jax.types import Frames, HostOrDevice
 
 HEIGHT, WIDTH = 80, 128  # pixels
 FRAME_RATE = 16  # frames per second
@@ -44,7 +45,7 @@ SPEEDS = {"slowly": 0.8, "": 1.6, "quickly": 3.2}  # pixels per frame
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y) of the picture, y downwards
 BACKGROUNDS = ("black", "gray", "brown", "striped", "checkered")  # a caption without one means black
 
-SPIN = 2 * np.pi / 48  # radians per frame, clockwise: a turn in three seconds
+SPIN = 2 * math.pi / 48  # radians per frame, clockwise: a turn in three seconds
 GROWTH = 0.35  # the radius changes by this share, up and down
 GROWTH_PERIOD = 64  # frames
 
@@ -148,17 +149,17 @@ _EXAMPLE = Scene((Thing("red", "circle", "moves right"), Thing("blue", "square",
 class Placed(NamedTuple):
     """A scene as numbers: one row an object; an absent second object has radius 0. Lengths in pixels."""
 
-    shape: Int[Array, " n"]  # index into SHAPES
-    colour: Float[Array, "n 3"]  # in [-1, 1]
-    radius: Float[Array, " n"]
-    growth: Float[Array, " n"]  # 0, or GROWTH
-    phase: Float[Array, " n"]  # of growing, radians
-    start: Float[Array, "n 2"]  # centre (x, y) in frame 0
-    velocity: Float[Array, "n 2"]  # (x, y) per frame
-    bounces: Float[Array, " n"]  # 1: reflected at the border; 0: comes back on the other side
-    angle: Float[Array, " n"]  # in frame 0, radians clockwise
-    spin: Float[Array, " n"]  # radians per frame
-    background: Int[Array, ""]  # index into BACKGROUNDS
+    shape: Int[HostOrDevice, " n"]  # index into SHAPES
+    colour: Float[HostOrDevice, "n 3"]  # in [-1, 1]
+    radius: Float[HostOrDevice, " n"]
+    growth: Float[HostOrDevice, " n"]  # 0, or GROWTH
+    phase: Float[HostOrDevice, " n"]  # of growing, radians
+    start: Float[HostOrDevice, "n 2"]  # centre (x, y) in frame 0
+    velocity: Float[HostOrDevice, "n 2"]  # (x, y) per frame
+    bounces: Float[HostOrDevice, " n"]  # 1: reflected at the border; 0: comes back on the other side
+    angle: Float[HostOrDevice, " n"]  # in frame 0, radians clockwise
+    spin: Float[HostOrDevice, " n"]  # radians per frame
+    background: Int[HostOrDevice, ""]  # index into BACKGROUNDS
 
 
 OPENINGS = 6  # numbers that a caption leaves open, per thing: x, y, direction in x, in y, angle, phase
@@ -174,7 +175,7 @@ def place(scene: Scene, openings: Float[np.ndarray, "2 6"]) -> Placed:
     rows = [_place_thing(thing, opening) for thing, opening in zip(scene.things, openings, strict=False)]
     rows += [{key: np.zeros_like(value) for key, value in rows[0].items()}] * (2 - len(rows))
     columns = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    return Placed(**columns, background=np.int32(BACKGROUNDS.index(scene.background)))
+    return Placed(**columns, background=np.asarray(BACKGROUNDS.index(scene.background), np.int32))
 
 
 def _place_thing(thing: Thing, opening: Float[np.ndarray, "6"]) -> dict[str, np.ndarray]:
@@ -190,15 +191,15 @@ def _place_thing(thing: Thing, opening: Float[np.ndarray, "6"]) -> dict[str, np.
         velocity = speed * np.sqrt(0.5) * np.where(np.array([right, down]) < 0.5, -1.0, 1.0)
     spins, grows = thing.motion == "spins", thing.motion == "grows and shrinks"
     row = {
-        "shape": np.int32(SHAPES.index(thing.shape)),
+        "shape": np.asarray(SHAPES.index(thing.shape), np.int32),
         "colour": np.array(COLOURS[thing.colour]) / 127.5 - 1,
         "radius": radius,
         "growth": GROWTH * grows,
-        "phase": 2 * np.pi * phase * grows,
+        "phase": 2 * math.pi * phase * grows,
         "start": start,
         "velocity": velocity,
         "bounces": float(thing.motion == "bounces"),
-        "angle": 2 * np.pi * angle * spins,  # what does not turn stands upright
+        "angle": 2 * math.pi * angle * spins,  # what does not turn stands upright
         "spin": SPIN * spins,
     }
     return {key: value if key == "shape" else np.asarray(value, np.float32) for key, value in row.items()}
@@ -207,9 +208,9 @@ def _place_thing(thing: Thing, opening: Float[np.ndarray, "6"]) -> dict[str, np.
 class Pose(NamedTuple):
     """Where the objects are in one frame."""
 
-    centre: Float[Array, "n 2"]
-    radius: Float[Array, " n"]
-    angle: Float[Array, " n"]
+    centre: Float[HostOrDevice, "n 2"]
+    radius: Float[HostOrDevice, " n"]
+    angle: Float[HostOrDevice, " n"]
 
 
 def pose(placed: Placed, frame: Int[Array, ""]) -> Pose:
@@ -241,11 +242,14 @@ def _draw(placed: Placed, posed: Pose, picture: Float[Array, "H W 3"]) -> Float[
 
 
 def coverage(
-    shape: Int[Array, ""], centre: Float[Array, "2"], radius: Float[Array, ""], angle: Float[Array, ""]
+    shape: Int[HostOrDevice, ""],
+    centre: Float[HostOrDevice, "2"],
+    radius: Float[HostOrDevice, ""],
+    angle: Float[HostOrDevice, ""],
 ) -> Float[Array, "H W"]:
     """How much of each pixel the object covers, 0 to 1: its edge is one pixel soft."""
-    x = jnp.arange(WIDTH) + 0.5 - centre[0]
-    y = jnp.arange(HEIGHT)[:, None] + 0.5 - centre[1]
+    x = jnp.arange(WIDTH, dtype=jnp.float32) + 0.5 - centre[0]
+    y = jnp.arange(HEIGHT, dtype=jnp.float32)[:, None] + 0.5 - centre[1]
     # The shortest way round the torus.
     x, y = (jnp.mod(d + n / 2, n) - n / 2 for d, n in ((x, WIDTH), (y, HEIGHT)))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -264,20 +268,21 @@ def _square(x, y):
 
 
 def _triangle(x, y):
-    sides = [(np.cos(a), np.sin(a)) for a in np.deg2rad([90, 210, 330])]  # of the edges' normals; one points down
+    sides = [
+        (math.cos(a), math.sin(a)) for a in map(math.radians, (90, 210, 330))
+    ]  # of the edges' normals; one points down
     return jnp.max(jnp.stack([x * c + y * s for c, s in sides]), axis=0) - 0.55
 
 
 def _star(x, y):
     """Five points: the plane is folded onto a tenth of it, where the outline is one straight edge."""
-    turn = 2 * np.pi / 5
+    turn = 2 * math.pi / 5
     around = jnp.mod(jnp.arctan2(x, -y) + turn / 2, turn) - turn / 2
     length = jnp.hypot(x, y)
     u, v = length * jnp.cos(around), length * jnp.abs(jnp.sin(around))
-    tip, notch = np.array([1.0, 0.0]), 0.45 * np.array([np.cos(turn / 2), np.sin(turn / 2)])
-    edge = notch - tip
-    normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
-    return normal[0] * (u - tip[0]) + normal[1] * (v - tip[1])
+    notch = 0.45 * math.cos(turn / 2), 0.45 * math.sin(turn / 2)  # the tip is at (1, 0)
+    edge = notch[0] - 1, notch[1]
+    return (edge[1] * (u - 1) - edge[0] * v) / math.hypot(*edge)
 
 
 def _ring(x, y):
@@ -292,7 +297,7 @@ def _cross(x, y):
 _SIGNED_DISTANCES = dict(zip(SHAPES, (_circle, _square, _triangle, _star, _ring, _cross), strict=True))
 
 
-def _background(index: Int[Array, ""]) -> Float[Array, "H W 3"]:
+def _background(index: Int[HostOrDevice, ""]) -> Float[Array, "H W 3"]:
     """Muted: no background is as bright or as colourful as an object."""
     x, y = np.arange(WIDTH)[None, :, None], np.arange(HEIGHT)[:, None, None]
     black, gray, brown, dark, light = (np.array(c) for c in ((12,) * 3, (105,) * 3, (92, 66, 44), (40,) * 3, (80,) * 3))

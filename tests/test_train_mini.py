@@ -1,0 +1,172 @@
+"""Training the embedded model: the shared loop, one step of each network, the noise of chunk 0, the recipe."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
+from streamt1_jax.errors import BadInputError, WeightsError
+from streamt1_jax.mini import shipped
+from streamt1_jax.mini.sequences import Sequences, encode_sequences
+from streamt1_jax.mini.train import Recipe
+from streamt1_jax.mini.train_dit import coupled_noise, dit_task
+from streamt1_jax.mini.train_vae import standardise, vae_task
+from streamt1_jax.mini.training import Task, fit, init_train_state, make_train_step
+from streamt1_jax.networks import network_graph
+from streamt1_jax.text import Tokenizer
+from streamt1_jax.weights import MiniWeights, random_params
+
+SMALL = ModelConfig(
+    dit=DiTConfig(dim=32, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=16, text_len=32),
+    vae=VAEConfig(dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1),
+    text=UMT5Config(vocab_size=1024, dim=16, num_heads=2, head_dim=8, ffn_dim=16, num_layers=1),
+    height=80,
+    width=128,
+)
+
+
+def line_task(steps: int) -> Task:
+    """Fits a line: the loop itself, without a network."""
+
+    def batch(step):
+        x = np.random.default_rng(step).standard_normal((8, 3)).astype(np.float32)
+        return x, x @ np.array([1.0, -2.0, 0.5], np.float32)
+
+    def loss(params, batch, key):
+        x, y = batch
+        noise = 0.01 * jax.random.normal(key, y.shape)
+        return jnp.mean((x @ params["weights"] + noise - y) ** 2), {}
+
+    init = lambda: {"weights": jnp.zeros(3)}  # noqa: E731
+    return Task("line", init, batch, loss, steps, learning_rate=0.1, decay_steps=40, warmup=2)
+
+
+def test_a_resumed_run_makes_the_same_updates(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = fit(line_task(40), tmp_path / "whole", seed=3, save_every=10)
+    fit(line_task(20), tmp_path / "parts", seed=3, save_every=10)
+    parts = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True)
+    np.testing.assert_array_equal(whole["weights"], parts["weights"])
+    again = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True)
+    np.testing.assert_array_equal(whole["weights"], again["weights"])
+
+
+def test_checkpoints_are_not_overwritten_unasked(tmp_path):
+    fit(line_task(2), tmp_path, seed=0)
+    with pytest.raises(BadInputError, match="--resume"):
+        fit(line_task(2), tmp_path, seed=0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    task = line_task(2)
+    broken = Task(**{**task.__dict__, "loss": lambda params, batch, key: (jnp.sum(params["weights"]) / 0.0, {})})
+    with pytest.raises(FloatingPointError, match="not finite at step"):
+        fit(broken, tmp_path, seed=0)
+
+
+def loss_before_and_after(task: Task, steps: int) -> tuple[float, float]:
+    """On one fixed batch and key."""
+    batch, key = task.batch(0), jax.random.key(0)
+    value = jax.jit(lambda params: task.loss(params, batch, key)[0])
+    state = init_train_state(task)
+    before = float(value(state.params))
+    train_step = make_train_step(task, seed=0)
+    for _ in range(steps):
+        state, _ = train_step(state, batch)
+    return before, float(value(state.params))
+
+
+@pytest.mark.slow
+def test_a_step_of_the_vae_lowers_its_loss():
+    task = vae_task("vae", SMALL, steps=100, batch=1, frames=5, crop=16)
+    before, after = loss_before_and_after(Task(**{**task.__dict__, "warmup": 1}), steps=2)
+    assert after < before
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return random_params(network_graph(SMALL, "vae", jnp.float32)[1], seed=0)
+
+
+@pytest.fixture(scope="module")
+def sequences(vae) -> Sequences:
+    tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=32, vocab_size=1024)
+    return encode_sequences(SMALL, vae, tokenizer, count=3, chunks=3, seed=0, batch=2)
+
+
+@pytest.mark.slow
+def test_sequences_are_chunks_of_the_world(sequences):
+    assert sequences.latents.shape == (3, 3, 3, 16, 10, 16)
+    assert np.isfinite(sequences.latents).all()
+    assert (sequences.start[:, 0] == 0).all()
+    assert (np.diff(sequences.start[:, 1:], axis=1) == 3).all()
+    assert sequences.openings.shape == (3, 12)
+
+
+@pytest.mark.slow
+def test_a_step_of_the_dit_lowers_its_loss(sequences):
+    task = dit_task("dit", SMALL, StreamConfig(), sequences, steps=100, batch=2, own_outputs=True)
+    before, after = loss_before_and_after(Task(**{**task.__dict__, "warmup": 1}), steps=2)
+    assert after < before
+
+
+@pytest.mark.slow
+def test_standardised_latents_decode_to_the_same_video(vae):
+    graph, _ = network_graph(SMALL, "vae", jnp.float32)
+    video = jax.random.uniform(jax.random.key(0), (5, 16, 16, 3), minval=-1.0, maxval=1.0)
+
+    def code(params):
+        both = nnx.merge(graph, params)
+        latents = both.encoder.encode(video)
+        return latents, both.decoder.decode_unclamped(latents)
+
+    latents, decoded = code(vae)
+    changed_latents, changed = code(standardise(SMALL, vae, latents[None]))
+    np.testing.assert_allclose(changed, decoded, atol=1e-4)
+    np.testing.assert_allclose(changed_latents.mean(axis=(0, 2, 3)), 0.0, atol=1e-5)
+    np.testing.assert_allclose(jnp.mean(changed_latents**2), 1.0, rtol=1e-4)
+
+
+def test_coupled_noise_says_the_openings_and_stays_normal():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    noise = jax.vmap(lambda key: jax.random.normal(key, (3, 16, 4, 6)))(keys)
+    openings = jax.random.normal(jax.random.key(1), (2000, 12))
+    coupled = jax.vmap(coupled_noise)(noise, openings)
+    board = np.indices((4, 6)).sum(axis=0) % 2 * 2.0 - 1.0
+    said = np.einsum("nfchw,hw->nc", coupled, board) / (3 * 4 * 6) ** 0.5
+    np.testing.assert_allclose(said[:, :12], openings, atol=1e-5)
+    np.testing.assert_array_equal(coupled[:, :, 12:], noise[:, :, 12:])
+    # Every element is still of variance 1 and independent of its neighbours.
+    flat = np.asarray(coupled[:, :, 0].reshape(2000, -1))
+    np.testing.assert_allclose(np.cov(flat.T), np.eye(flat.shape[1]), atol=0.15)
+
+
+def test_recipe_names_are_checked():
+    assert Recipe.parse("vae=3,dit_own=4") == Recipe(vae=3, dit_own=4)
+    assert Recipe.parse(None) == Recipe()
+    for text, message in (
+        ("vae", "NAME=NUMBER"),
+        ("steps=3", "a name of"),
+        ("vae=0", "at least 1"),
+        ("vae=-1", "NUMBER"),
+    ):
+        with pytest.raises(BadInputError, match=message):
+            Recipe.parse(text)
+
+
+def test_saved_weights_come_back_and_are_verified(tmp_path, vae):
+    shipped.save_mini(tmp_path, {"vae": vae}, {"summary": "a test"})
+    abstract = network_graph(SMALL, "vae", jnp.float32)[1]
+    loaded = shipped.load_mini(tmp_path, "vae", abstract)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(vae), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    other = network_graph(ModelConfig.tiny(), "vae", jnp.float32)[1]
+    with pytest.raises(WeightsError, match="another size"):
+        shipped.load_mini(tmp_path, "vae", other)
+    path = tmp_path / shipped.TENSORS
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(WeightsError, match="sha256"):
+        shipped.load_mini(tmp_path, "vae", abstract)
