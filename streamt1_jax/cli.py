@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamt1_jax.cli_bench import add_bench, add_doctor
+from streamt1_jax.cli_train import add_train_mini
 from streamt1_jax.config import RunConfig
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, StreamT1Error
 from streamt1_jax.outputs import (
@@ -94,6 +95,7 @@ def _build_parser(*, convert: bool) -> argparse.ArgumentParser:
             commands.add_parser("convert", help="convert PyTorch checkpoints")
     add_bench(commands)
     add_doctor(commands)
+    add_train_mini(commands)
     parity = commands.add_parser("parity", help="replay a recorded PyTorch run and compare")
     parity.add_argument("case", help="CASE.safetensors, with CASE.json beside it")
     parity.set_defaults(run=_run_parity)

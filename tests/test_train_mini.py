@@ -108,7 +108,7 @@ def test_sequences_are_chunks_of_the_world(sequences):
 
 @pytest.mark.slow
 def test_a_step_of_the_dit_lowers_its_loss(sequences):
-    task = dit_task("dit", SMALL, StreamConfig(), sequences, steps=100, batch=2, own_outputs=True)
+    task = dit_task("dit", SMALL, StreamConfig(), sequences, steps=100, batch=2)
     before, after = loss_before_and_after(Task(**{**task.__dict__, "warmup": 1}), steps=2)
     assert after < before
 
@@ -145,7 +145,7 @@ def test_coupled_noise_says_the_openings_and_stays_normal():
 
 
 def test_recipe_names_are_checked():
-    assert Recipe.parse("vae=3,dit_own=4") == Recipe(vae=3, dit_own=4)
+    assert Recipe.parse("vae=3,dit=4") == Recipe(vae=3, dit=4)
     assert Recipe.parse(None) == Recipe()
     for text, message in (
         ("vae", "NAME=NUMBER"),

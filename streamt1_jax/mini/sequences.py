@@ -18,8 +18,8 @@ from streamt1_jax.types import HostOrDevice
 
 CHUNK = 3  # latent frames
 FIRST_PIXELS, CHUNK_PIXELS = 9, 12  # pixel frames of chunk 0 and of every other
-LATE_SHARE = 0.5  # of the sequences whose run begins some time after chunk 0
-LAST_CHUNK = 60  # the latest start of such a run: 45 seconds
+LATE_CHUNKS = (4, 60)  # where the run of every other batch begins, 3 to 45 seconds on; that of the rest, with chunk 1
+LATE_PIXELS = 33  # frames before a late run that bring the encoder to the state it has in a long video
 
 
 class Sequences(NamedTuple):
@@ -49,15 +49,19 @@ def encode_sequences(
         vae: parameters of the VAE.
         report: called after every batch with how many are done.
     """
-    encode = jax.jit(jax.vmap(functools.partial(_encode, config, chunks), in_axes=(None, 0, 0)))
+    encode = {
+        late: jax.jit(jax.vmap(functools.partial(_encode, config, chunks, late), in_axes=(None, 0, 0)))
+        for late in (False, True)
+    }
     parts = []
     for first in range(0, count, batch):
         numbers = [seed + n for n in range(first, first + batch)]
         scenes = [world.training_scene(number) for number in numbers]
         openings = np.stack([world.draw_openings(number) for number in numbers])
-        runs = np.array([_first_chunk(number) for number in numbers], np.int32)
+        late = first // batch % 2 == 1
+        runs = np.random.default_rng((seed, first)).integers(*(LATE_CHUNKS if late else (1, 2)), batch, np.int32)
         placed = world.stack([world.place(*pair) for pair in zip(scenes, openings, strict=True)])
-        latents = np.asarray(encode(vae, placed, runs))
+        latents = np.asarray(encode[late](vae, placed, runs))
         start = CHUNK * np.concatenate([np.zeros((batch, 1), np.int32), runs[:, None] + np.arange(chunks - 1)], axis=1)
         prompts = [tokenizer(scene.caption()) for scene in scenes]
         ids, mask = (np.stack([getattr(prompt, key) for prompt in prompts]) for key in ("ids", "mask"))
@@ -68,23 +72,15 @@ def encode_sequences(
     return Sequences(*(np.concatenate(leaves)[:count] for leaves in zip(*parts, strict=True)))
 
 
-def _first_chunk(number: int) -> int:
-    """The chunk that the run begins with: 1, or a later one."""
-    rng = np.random.default_rng((number, 1))
-    return int(rng.integers(2, LAST_CHUNK)) if rng.random() < LATE_SHARE else 1
-
-
 def _encode(
-    config: ModelConfig, chunks: int, vae: PyTree, placed: world.Placed, run: Array
+    config: ModelConfig, chunks: int, late: bool, vae: PyTree, placed: world.Placed, run: Array
 ) -> Float[Array, "c f C h w"]:
-    """Latents of chunk 0 and of the run from chunk `run` on.
-
-    A late run is encoded from nine frames before it, so that the encoder's state is that of a long video.
-    """
+    """Latents of chunk 0 and of the run from chunk `run` on, which is 1 unless `late`."""
     encoder = nnx.merge(network_graph(config, "vae", jnp.float32)[0], vae).encoder
-    first = world.render(placed, jnp.arange(FIRST_PIXELS))
-    begin = FIRST_PIXELS + CHUNK_PIXELS * (run - 1)
-    pixels = FIRST_PIXELS + CHUNK_PIXELS * (chunks - 1)
-    latents = encoder.encode(world.render(placed, begin - FIRST_PIXELS + jnp.arange(pixels)))
-    by_chunk = latents.reshape(chunks, CHUNK, *latents.shape[1:])
-    return by_chunk.at[0].set(encoder.encode(first))
+    before = LATE_PIXELS if late else FIRST_PIXELS
+    begin = FIRST_PIXELS + CHUNK_PIXELS * (run - 1) - before
+    pixels = before + CHUNK_PIXELS * (chunks - 1)
+    latents = encoder.encode(world.render(placed, begin + jnp.arange(pixels)))
+    of_run = latents[-CHUNK * (chunks - 1) :]
+    first = encoder.encode(world.render(placed, jnp.arange(FIRST_PIXELS))) if late else latents[:CHUNK]
+    return jnp.concatenate([first, of_run]).reshape(chunks, CHUNK, *latents.shape[1:])

@@ -43,9 +43,9 @@ class Recipe:
 
     vae: int = 1500
     vae_long: int = 1400
-    sequences: int = 2500
-    dit: int = 1400
-    dit_own: int = 800
+    vae_stream: int = 400
+    sequences: int = 2000
+    dit: int = 2000
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
 
@@ -90,12 +90,13 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
         return fit(task, out, seed=seed, resume=resume, report=say)
 
     vae = run(vae_task("vae", config, steps=recipe.vae, decay_steps=2 * recipe.vae, batch=8, frames=5, crop=48))
-    vae = run(vae_task("vae_long", config, vae, steps=recipe.vae_long, batch=4, frames=17, crop=48, seed=seed + 1))
+    clips = {"batch": 4, "crop": 48}
+    vae = run(vae_task("vae_long", config, vae, steps=recipe.vae_long, frames=17, seed=seed + 1, **clips))
+    clips |= {"frames": 8, "history": 73, "ema_decay": 0.99}
+    vae = run(vae_task("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2, **clips))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
     data = _sequences(out, config, vae, recipe, seed, report)
-    options = {"batch": recipe.dit_batch, "seed": seed}
-    made = run(dit_task("dit", config, stream, data, steps=recipe.dit, own_outputs=False, **options))
-    made = run(dit_task("dit_own", config, stream, data, made, steps=recipe.dit_own, own_outputs=True, **options))
+    made = run(dit_task("dit", config, stream, data, steps=recipe.dit, batch=recipe.dit_batch, seed=seed))
     save_mini(out, {"vae": vae, **made}, _origin(recipe, seed))
 
 

@@ -30,7 +30,7 @@ from streamt1_jax.types import Chunk, Scalar
 
 COUPLED_LEVELS = 2  # of the schedule, from the noisiest on
 CONTEXT_NOISE = 0.3  # at most; the sigma of what is added to a true chunk in the cache
-OWN_OUTPUT_SHARE = 0.5  # of the chunks in the cache, once `own_outputs` is on
+OWN_OUTPUT_SHARE = 0.4  # of the chunks in the cache
 APPENDED_SHARE = 0.3  # of the chunks that see a sink more
 
 
@@ -56,7 +56,6 @@ def dit_task(
     *,
     steps: int,
     batch: int,
-    own_outputs: bool,
     seed: int = 0,
 ) -> Task:
     """The training of {"dit", "text"}.
@@ -64,7 +63,6 @@ def dit_task(
     Args:
         data: encoded sequences; a batch is drawn from them.
         start: parameters to go on from; None: random ones.
-        own_outputs: whether the network's own estimates enter the cache.
     """
     dit_graph, _ = network_graph(config, "dit", jnp.float32)
     text_graph, _ = network_graph(config, "text", jnp.float32)
@@ -109,7 +107,7 @@ def dit_task(
             loss, estimates = jax.vmap(denoise)(levels, jax.random.split(key_noise))
             losses.append(jnp.mean(loss))
             if chunk + 1 < chunks:
-                seen = _context(clean, estimates[1], key_context, OWN_OUTPUT_SHARE if own_outputs else 0.0)
+                seen = _context(clean, estimates[1], key_context)
                 caches.append(dit.context(seen, context_time, text, past, start_frame))
         # After a gap in time the first chunk has no neighbour to go on from.
         follows = example.start[1] == stream.latent_frames_per_chunk
@@ -147,10 +145,10 @@ def _past(caches: list[KV], stream: StreamConfig, key: Array) -> Past | None:
     return Past(KV(*(jnp.concatenate(leaves, axis=1) for leaves in zip(*seen, strict=True))), length)
 
 
-def _context(clean: Chunk, estimate: Chunk, key: Array, own_share: float) -> Chunk:
+def _context(clean: Chunk, estimate: Chunk, key: Array) -> Chunk:
     """What enters the cache: the network's own estimate, or the true chunk with a little noise."""
     key_own, key_size, key_noise = jax.random.split(key, 3)
     sigma = jnp.maximum(jax.random.uniform(key_size, minval=-CONTEXT_NOISE, maxval=CONTEXT_NOISE), 0.0)
     noisy = clean + sigma * jax.random.normal(key_noise, clean.shape)
-    own = jax.random.bernoulli(key_own, own_share)
+    own = jax.random.bernoulli(key_own, OWN_OUTPUT_SHARE)
     return jnp.where(own, jax.lax.stop_gradient(estimate), noisy)

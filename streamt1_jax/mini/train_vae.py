@@ -47,6 +47,8 @@ def vae_task(
     batch: int,
     frames: int,
     crop: int,
+    history: int = 0,
+    ema_decay: float = 0.998,
     seed: int = 0,
 ) -> Task:
     """The VAE's training.
@@ -54,7 +56,9 @@ def vae_task(
     Args:
         start: parameters to go on from; None: random ones.
         decay_steps: where the rate's cosine ends; None: with the last step.
-        frames: pixel frames of a clip, 4k + 1.
+        frames: pixel frames of a clip, 4k + 1; 4k after a history.
+        history: pixel frames before the clip, 4k + 1 or none, that are coded without a gradient: they bring the
+            causal states to where they are in the middle of a long video.
         crop: height and width of a clip, a multiple of 16.
     """
     graph, _ = network_graph(config, "vae", jnp.float32)
@@ -65,16 +69,26 @@ def vae_task(
         return jax.tree.map(jnp.copy, made)
 
     def loss(params: PyTree, clips: Clips, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
-        videos = jax.vmap(functools.partial(_crop, frames=frames, size=crop))(clips)
+        videos = jax.vmap(functools.partial(_crop, frames=history + frames, size=crop))(clips)
         vae = nnx.merge(graph, params)
 
-        def code(video: Frames, key: Array):
-            latents = vae.encoder.encode(video)
+        def code(video: Frames, states, key: Array, *, first: bool):
+            coder, decoder = states
+            latents, coder = vae.encoder.encode_chunk(coder, video, first)
             noisy = latents + LATENT_NOISE * jax.random.normal(key, latents.shape)
-            return vae.decoder.decode_unclamped(noisy), latents
+            decoded, decoder = vae.decoder.decode_chunk_unclamped(decoder, noisy, first)
+            return decoded, latents, (coder, decoder)
 
-        decoded, latents = jax.vmap(code)(videos, jax.random.split(key, batch))
-        error = decoded - videos
+        def one(video: Frames, key: Array):
+            small = crop // config.vae.space_factor
+            states = vae.encoder.init_encoder_state(crop, crop), vae.decoder.init_decoder_state(small, small)
+            key_before, key = jax.random.split(key)
+            if history:
+                _, _, states = jax.lax.stop_gradient(code(video[:history], states, key_before, first=True))
+            return code(video[history:], states, key, first=not history)[:2]
+
+        decoded, latents = jax.vmap(one)(videos, jax.random.split(key, batch))
+        error = decoded - videos[:, history:]
         pixels = jnp.mean(jnp.abs(error))
         differences = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2, 3))
         size = jnp.mean(latents**2)
@@ -85,7 +99,7 @@ def vae_task(
     def clips(step: int) -> Clips:
         return _clips(step, batch, crop, seed)
 
-    return Task(name, init, clips, loss, steps, learning_rate=2e-3, decay_steps=decay_steps)
+    return Task(name, init, clips, loss, steps, learning_rate=2e-3, decay_steps=decay_steps, ema_decay=ema_decay)
 
 
 def _clips(step: int, batch: int, crop: int, seed: int) -> Clips:

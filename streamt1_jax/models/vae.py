@@ -141,11 +141,12 @@ class Decoder(nnx.Module):
                 f"latents are {latents.shape}, expected [f, {self.config.z_dim}, h, w] with at least one frame; "
                 "pass the generator's latents without a batch axis"
             )
-        pixels, state = self._pixels(state, latents, first)
+        pixels, state = self.decode_chunk_unclamped(state, latents, first)
         # In float32, as is the clamp to [-1, 1], which the clip to [0, 1] contains.
         return jnp.clip(0.5 * pixels.astype(jnp.float32) + 0.5, 0.0, 1.0), state
 
-    def _pixels(self, state: VAEState, latents: Chunk, first: bool) -> tuple[Frames, VAEState]:
+    def decode_chunk_unclamped(self, state: VAEState, latents: Chunk, first: bool) -> tuple[Frames, VAEState]:
+        """`decode_chunk` as the last convolution leaves it, about [-1, 1]: for losses and for saturated pixels."""
         z = _denormalise(rearrange(latents, "f C h w -> f h w C")).astype(self.dtype)
         pixels = []
         if first:
@@ -167,7 +168,7 @@ class Decoder(nnx.Module):
 
     def decode_unclamped(self, latents: Latents) -> Frames:
         """A whole video as the last convolution leaves it, about [-1, 1]: for comparing saturated pixels too."""
-        frames, _ = self._pixels(self.init_decoder_state(*latents.shape[2:]), latents, first=True)
+        frames, _ = self.decode_chunk_unclamped(self.init_decoder_state(*latents.shape[2:]), latents, first=True)
         return frames
 
 

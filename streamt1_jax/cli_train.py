@@ -1,0 +1,43 @@
+"""`streamt1 train-mini`: the embedded model's weights from nothing."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from streamt1_jax.errors import BadInputError
+from streamt1_jax.settings import check_seed
+
+
+def add_train_mini(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train-mini",
+        help="train the embedded model",
+        description="Trains the embedded model's networks on a little world of moving shapes; nothing is downloaded. "
+        "The folder it writes can be given to --checkpoint.",
+    )
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="where weights, checkpoints and logs go")
+    add("--steps", metavar="NAME=N,...", help="other numbers than the recipe's, such as vae=100,dit=50")
+    add("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
+    add("--resume", action="store_true", help="go on with what stands in the folder")
+    parser.set_defaults(run=_run_train_mini)
+
+
+def _run_train_mini(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("optax") is None:
+        raise BadInputError('optax is not installed, train-mini needs it; pip install "streamt1-jax[train]"')
+    from streamt1_jax.mini.train import Recipe, train_mini
+
+    recipe, seed = Recipe.parse(args.steps), check_seed(args.seed)
+    train_mini(Path(args.out), recipe, seed=seed, resume=args.resume, report=_report)
+    print(f"wrote {Path(args.out) / 'mini.safetensors'}; use it with --checkpoint {args.out}")
+    return 0
+
+
+def _report(stage: str, figures: dict[str, float]) -> None:
+    """One line: stage, step of all steps, the figures."""
+    step, steps = (int(figures[key]) for key in ("step", "steps"))
+    rest = "  ".join(f"{key} {value:.4g}" for key, value in figures.items() if key not in ("step", "steps"))
+    print(f"{stage}  {step}/{steps}  {rest}".rstrip(), file=sys.stderr, flush=True)
