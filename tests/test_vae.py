@@ -19,6 +19,7 @@ from convert.sources import DictSource
 from convert.vae_table import diffusers_vae_rules, wan_vae_rules
 from streamt1_jax.config import VAEConfig
 from streamt1_jax.errors import BadInputError
+from streamt1_jax.models import conv
 from streamt1_jax.models.conv import NARROW, causal_conv3d, next_past
 from streamt1_jax.models.vae import LATENT_MEAN, LATENT_STD, Decoder, Encoder, WanVAE
 
@@ -373,3 +374,20 @@ def test_full_size_shapes():
 def test_bad_inputs_are_refused(small, call, words):
     with pytest.raises(BadInputError, match=words):
         call(small)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 6, 5, 7), (1, 1, 3, 4, 2)], ids=str)
+def test_the_gradient_made_for_cpus_is_that_of_the_convolution(shape):
+    t, h, w, i, o = shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel, weight = (
+        jax.random.normal(key, size)
+        for key, size in zip(keys, [(3, t, h, w, i), (3, 3, i, o), (3, t, h, w, o)], strict=True)
+    )
+
+    def gradients(convolution):
+        loss = lambda x, kernel: jnp.sum(jax.vmap(lambda one: convolution(one, kernel))(x) * weight)  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+
+    for name, ours, theirs in zip(("x", "kernel"), gradients(conv.conv2d), gradients(conv._conv2d), strict=True):
+        assert_close(name, ours, theirs, 1e-4)
