@@ -47,7 +47,7 @@ class Search:
 
     @property
     def window(self) -> StreamingWindow | RedecodedWindow:
-        return make_window(self.generator, self.config.search, self.long.pixels)
+        return make_window(self.generator, self.config.search, self.long.pixels, self.mesh)
 
 
 class Candidates(NamedTuple):
