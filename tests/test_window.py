@@ -67,9 +67,7 @@ def test_decoding_in_turn_is_decoding_in_a_batch(bench, monkeypatch, decode, fir
         return jax.device_get(see(SmallWeights().generator_params(jnp.float32), state, latents))
 
     in_turn, batch = seen(True), seen(False)
-    for (path, ours), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(in_turn), jax.tree.leaves(batch), strict=True
-    ):
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(in_turn), jax.tree.leaves(batch), strict=True):
         # Of uint8 pixels a rounding error may turn one level into the next.
         assert_close(jax.tree_util.keystr(path), ours, theirs, 1 if ours.dtype == jnp.uint8 else 1e-5)
     assert float(abs(in_turn.chunk[0, 0] - in_turn.chunk[1, 0]).max()) > 1e-2, "candidates look the same"
