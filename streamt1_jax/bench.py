@@ -268,7 +268,7 @@ def run_bench(
         profile: a folder for a profiler's trace of a few steady chunks of the last lane.
         on_round: is given the report after every round of runs, before what a prompt costs is known.
     """
-    report = {"machine": machine()}  # before it is busy with this
+    report: dict[str, Any] = {"machine": machine()}  # before it is busy with this
     bench = Bench(model, height=height, width=width, dtype=dtype, rewards=rewards, devices=devices)
     report |= {
         "model": asdict(model),
