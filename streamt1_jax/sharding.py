@@ -4,8 +4,8 @@ A mesh of beams by candidates; every leaf that has these axes is laid out along 
 rest. Nothing else in the search knows how many devices there are, and the result does not depend on it.
 
 What has a beams axis alone lies with every candidate of that beam. So the context pass of a kept beam (`recall`) is
-repeated by the devices along the candidates axis: each needs its keys and values for the next chunk, and making them
-costs less than one step of denoising, which all of them would wait for otherwise.
+repeated by the devices along the candidates axis: each needs its keys and values for the next chunk, and one that did
+not make them would only wait for one that does.
 """
 
 import math

@@ -210,7 +210,7 @@ def _evenly(video: Float[Array, "B K T H W 3"], count: int | None) -> Float[Arra
 def _ask(
     search: Search, reward: Reward, video: Shaped[Array, "B K T H W 3"], valid: int | Count, conditioning: Conditioning
 ) -> tuple[Float[Array, "B K"], Bool[Array, "B K"]]:
-    """(scores, failed) of all candidates in one call."""
+    """(scores, failed) of all candidates in one call; on the host in one a device."""
     beams, count, *rest = video.shape
     n = beams * count
     flat = to_pixels(video, reward.pixels).reshape(n, *rest)
