@@ -10,7 +10,6 @@ evicted chunks take all three routes.
 import argparse
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 from race import write_report
 
-from streamt1_jax.bench import commit, judge, propose, recall, select, watch
 from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
 from streamt1_jax.generator import wan_generator
 from streamt1_jax.measure import machine
@@ -29,6 +27,7 @@ from streamt1_jax.noise import gaussian_noise
 from streamt1_jax.pruning import keep_best
 from streamt1_jax.rewards import native_long, native_short
 from streamt1_jax.sink import Route
+from streamt1_jax.stages import staged_step
 from streamt1_jax.state import ChunkRecord
 from streamt1_jax.stream import Candidates, Scores, Search, init_state
 from streamt1_jax.weights import MiniWeights, random_params
@@ -54,7 +53,7 @@ SETTINGS = (
 
 
 class Run:
-    """One search, advanced stage by stage."""
+    """One search, advanced chunk by chunk."""
 
     def __init__(
         self, model: ModelConfig, params: PyTree, embeds: Array, search: SearchConfig, dtype: str, chunks: int
@@ -67,20 +66,23 @@ class Run:
         self.conditioning = jax.jit(generator.prepare)(self.params, embeds, jnp.int32(0))
         self.state = init_state(self.search, 0, chunks)
 
-    def score(self, *, first: bool) -> tuple[Candidates, Scores, Callable[[Scores], ChunkRecord]]:
-        """The candidates of the next chunk, their scores, and what finishes the chunk given scores to pick by."""
-        search, params, conditioning, state = self.search, self.params, self.conditioning, self.state
-        candidates = propose(search, params, conditioning, state, first=first)
-        seen = watch(search, params, state, candidates, first=first)
-        scores = judge(search, conditioning, state, candidates, seen, first=first)
+    def chunk(self, *, first: bool, picked_by: Scores | None = None) -> tuple[Candidates, Scores, ChunkRecord]:
+        """Makes the next chunk: its candidates, their own scores, and the record.
 
-        def finish(picked_by: Scores) -> ChunkRecord:
-            winners = select(state, candidates, seen, picked_by)
-            kv = recall(search, params, conditioning, state, winners, first=first)
-            self.state, record = commit(search, params, state, candidates, seen, picked_by, winners, kv, first=first)
-            return record
+        Args:
+            picked_by: scores to pick and to flag by, instead of the chunk's own.
+        """
+        made: dict[str, Any] = {}
 
-        return candidates, scores, finish
+        def around(name, run):
+            made[name] = result = run()
+            if name != "judge" or picked_by is None:
+                return result
+            return result._replace(**{key: getattr(picked_by, key) for key in ("fused", "usable", "ema", "append")})
+
+        args = (self.search, self.params, self.conditioning, self.state)
+        self.state, record = staged_step(*args, first=first, around=around)
+        return made["propose"], made["judge"], record
 
 
 @dataclass
@@ -135,14 +137,11 @@ def compare(exact: Run, fast: dict[str, Run], chunks: int) -> tuple[dict[str, Fi
     found, routes = {name: Fidelity() for name in fast}, Counter()
     beams, _ = exact.search.config.search.grid
     for index in range(chunks):
-        candidates, scores, finish = exact.score(first=index == 0)
-        record = finish(scores)
-        routes.update(Route(route).name for route in np.asarray(record.evicted_route))
-        forced = {key: getattr(scores, key) for key in ("fused", "usable", "ema", "append")}
+        candidates, scores, record = exact.chunk(first=index == 0)
+        routes.update(Route(route).name for route in record.evicted_route)
         for name, run in fast.items():
-            made, own, finish = run.score(first=index == 0)
+            made, own, _ = run.chunk(first=index == 0, picked_by=scores)
             found[name].add((made, own), (candidates, scores), beams)
-            finish(own._replace(**forced))
     return found, routes
 
 

@@ -1,19 +1,34 @@
 #!/usr/bin/env bash
 # The first hour on a machine with a GPU: everything that is to be measured there, one JSON file a step.
 #
-#   benchmarks/gpu.sh [STEP ...]        steps: setup attention conv layers matmul bench long savings
-#                                       (default: all of them)
+#   benchmarks/gpu.sh [STEP ...]        default: all of them, in this order
 #
-# Needs Python 3.11 or later with a JAX that finds the GPU. What the benchmarks import beside it (flax, einops,
-# jaxtyping) is installed by `setup` where a package index can be reached. Weights are random: nothing is downloaded.
-# Results go to $OUT if it is set, else to benchmarks/results. A step that fails does not stop the others.
+#   setup       what is there: versions, the device
+#   matmul      matrix products of the DiT's sizes
+#   attention   4680 queries on 18720 keys, 12 heads of 128, batch 1 and 4
+#   conv        the convolution race of the VAE; conv-nhwc: the same under an XLA flag
+#   layers      scan over the DiT's layers, unrolled 1, 3 and fully
+#   plain       plain streaming, one candidate: frames/s, first frames, with a profile
+#   bench1 bench4 bench8   1, 2x2 and 2x4 candidates of the search, a process each: memory is the lane's own
+#   hd          plain streaming at 1280x720
+#   long1 long4 chunk 39 over chunk 9, plain and 2x2
+#   savings     each exact saving on and off
+#   fidelity    what every fast setting costs against float32, 32 chunks of the embedded model
+#
+# A step ends within LIMIT seconds (580), so any of them fits a call of ten minutes. Its JSON is rewritten after every
+# round of runs: a step that runs out of time leaves the rounds that it has done.
+#
+# Needs Python 3.11 or later (3.12 with jax 0.11 where this was written for) with a JAX that finds the GPU. What the
+# benchmarks import beside it is installed by `setup` where a package index can be reached. Weights are random: nothing
+# is downloaded. Results go to $OUT if it is set, else to benchmarks/results. A step that fails does not stop the others.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 PRESET=${PRESET:-1.3b}
-SMALL=${SMALL:-}                # SMALL=--small PRESET=tiny: only to see that it runs
+SMALL=${SMALL:-}                # SMALL=--small PRESET=tiny FIDELITY=tiny: only to see that it runs
+FIDELITY=${FIDELITY:-mini}
 LIMIT=${LIMIT:-580}             # seconds a step
 export PYTHONPATH=.
 export PYTHONUNBUFFERED=1
@@ -22,6 +37,8 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/streamt1-xla}
 # The whole device: nothing else runs on it, and the largest race wants it.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 mkdir -p "$OUT"
+ALL=(setup matmul attention conv layers plain bench1 bench4 bench8 hd long1 long4 savings fidelity)
+PLAIN=(--candidates 1 --set search.noise_propagation=false --set search.sinking=false) # configs/longlive.py
 failed=()
 
 NAME=$("$PYTHON" -c 'import jax; print(jax.devices()[0].device_kind.lower().replace(" ", "-"))' 2>/dev/null)
@@ -49,7 +66,7 @@ step() {
     case $1 in
     setup)
         "$PYTHON" -c 'import einops, flax, jaxtyping' || "$PYTHON" -m pip install flax einops jaxtyping
-        "$PYTHON" -c 'import jax; print(jax.__version__, jax.devices())'
+        "$PYTHON" -c 'import sys, jax; print(sys.version, jax.__version__, jax.devices())'
         nvidia-smi
         ;;
     attention | layers | matmul) micro "$1" ;;
@@ -59,23 +76,24 @@ step() {
         run conv-nhwc env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_force_conv_nhwc=true" \
             "$PYTHON" benchmarks/micro.py conv $SMALL --json "$OUT/$NAME-conv-nhwc.json"
         ;;
-    bench) bench bench --candidates 1,4 --chunks 12 --profile "$OUT/$NAME-profile" ;;
-    long) bench long --candidates 1 --chunks 40 ;; # chunk 39 over chunk 9
+    plain) bench plain "${PLAIN[@]}" --profile "$OUT/$NAME-profile" ;;
+    bench1) bench bench1 --candidates 1 ;;
+    bench4) bench bench4 --candidates 4 ;;
+    bench8) bench bench8 --candidates 8 ;;
+    hd) bench hd "${PLAIN[@]}" --height 720 --width 1280 --chunks 10 ;;
+    long1) bench long1 "${PLAIN[@]}" --chunks 40 ;;
+    long4) bench long4 --candidates 4 --chunks 40 ;;
     savings) run savings "$PYTHON" benchmarks/savings.py --preset "$PRESET" --rounds 5 --json "$OUT/$NAME-savings.json" ;;
+    fidelity) run fidelity "$PYTHON" benchmarks/fidelity.py --preset "$FIDELITY" --chunks 32 --json "$OUT/$NAME-fidelity.json" ;;
     *)
-        echo "unknown step $1, expected: setup attention conv layers matmul bench long savings" >&2
+        echo "unknown step $1, expected: ${ALL[*]}" >&2
         exit 2
         ;;
     esac
 }
 
-for name in "${@:-all}"; do
-    if [ "$name" = all ]; then
-        for each in setup matmul attention conv layers bench long savings; do step "$each"; done
-    else
-        step "$name"
-    fi
-done
+if [ $# -eq 0 ] || [ "$1" = all ]; then set -- "${ALL[@]}"; fi
+for name in "$@"; do step "$name"; done
 
 if [ "${#failed[@]}" -ne 0 ]; then
     echo "failed: ${failed[*]}" >&2

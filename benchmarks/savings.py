@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 from race import race, relative_rms, spread, write_report
 
-from streamt1_jax.bench import Bench, judge, propose, recall, select, staged_step, watch
+from streamt1_jax.bench import Bench
 from streamt1_jax.cache import past_of
 from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
 from streamt1_jax.denoise import denoise
@@ -33,6 +33,7 @@ from streamt1_jax.models.dit import CausalWanDiT, Past
 from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import Draws
 from streamt1_jax.schedule import few_step_schedule
+from streamt1_jax.stages import judge, propose, recall, select, staged_step, watch
 from streamt1_jax.state import StreamState
 from streamt1_jax.stream import Candidates, Search, Winners, init_state, jitted_step
 from streamt1_jax.video import write_mp4
@@ -106,7 +107,7 @@ def make_scene(model: ModelConfig, dtype: Any) -> Scene:
     candidates = propose(search, bench.params, conditioning, state, first=False)
     seen = watch(search, bench.params, state, candidates, first=False)
     scores = judge(search, conditioning, state, candidates, seen, first=False)
-    winners = select(state, candidates, seen, scores)
+    winners = select(search, state, candidates, seen, scores)
     return Scene(model, search, bench.params, embeds, conditioning, state, history, candidates, winners)
 
 
@@ -320,13 +321,14 @@ def no_files(scene: Scene, folder: Path) -> Saving:
             write_mp4(folder / f"{beam}_{count}.mp4", np.asarray(seen.long[beam, count, : int(seen.long_valid)]))
 
     def chunk(on_seen: Callable[[Seen], None]) -> StreamState:
-        def clock(name, run):
+        def around(name, run):
             result = jax.block_until_ready(run())
             if name == "watch":
                 on_seen(result)
             return result
 
-        return staged_step(scene.search, scene.params, scene.conditioning, scene.state, first=False, clock=clock)
+        args = (scene.search, scene.params, scene.conditioning, scene.state)
+        return staged_step(*args, first=False, around=around)[0]
 
     def difference(on: StreamState, off: StreamState) -> float:
         written = [len(list(folder.glob(pattern))) for pattern in ("*.png", "*.mp4")]
@@ -335,6 +337,17 @@ def no_files(scene: Scene, folder: Path) -> Saving:
         return relative_rms(on.beams.noise, off.beams.noise)
 
     return Saving("7 a chunk without files", lambda: chunk(lambda seen: None), lambda: chunk(save), difference)
+
+
+MAKERS = (
+    merged_lora,
+    context_of_kept,
+    short_context,
+    streaming_decode,
+    text_once,
+    keys_rotated_once,
+    candidates_in_a_batch,
+)
 
 
 def measure(saving: Saving, rounds: int, tolerance: float) -> dict[str, Any]:
@@ -384,10 +397,9 @@ def main() -> None:
 
     dtype = jnp.dtype(args.dtype or default_dtype())
     scene = make_scene(ModelConfig.preset(args.preset), dtype.type)
-    makers = (merged_lora, context_of_kept, short_context, streaming_decode, text_once, keys_rotated_once)
     missing = [name for name in ("av", "PIL") if importlib.util.find_spec(name) is None]
     with tempfile.TemporaryDirectory() as folder:
-        savings = [*(make(scene) for make in makers), candidates_in_a_batch(scene)]
+        savings = [make(scene) for make in MAKERS]
         if not missing:
             savings.append(no_files(scene, Path(folder)))
         report = {

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamt1_jax.cli_bench import add_bench, add_doctor
+from streamt1_jax.cli_bench import add_bench, add_doctor, reward_overrides
 from streamt1_jax.cli_train import add_train_mini
 from streamt1_jax.config import RunConfig
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, StreamT1Error
@@ -152,9 +152,7 @@ def _overrides(args: argparse.Namespace) -> list[str]:
         value = getattr(args, key)
         if value is not None:
             texts.append(f"generate.{key}={value}")
-    if args.rewards is not None:
-        short, _, long = args.rewards.partition(",")
-        texts += [f"rewards.short={short}", f"rewards.long={long or short}"]
+    texts += reward_overrides(args.rewards)
     return [*texts, "generate.strict=true"] if args.strict else texts
 
 
@@ -166,10 +164,13 @@ def _run_generate(args: argparse.Namespace) -> int:
 
     from streamt1_jax import StreamT1Pipeline
     from streamt1_jax.compile_cache import enable_compilation_cache
+    from streamt1_jax.sharding import candidate_mesh
 
     _check_rewards(settings)
     enable_compilation_cache()
     jobs = _of_this_host(args, jobs)
+    if args.devices > 1:
+        candidate_mesh(settings.run.search, args.devices)  # before the weights are loaded
     with _memory_advice(settings.run):
         pipe = StreamT1Pipeline.from_pretrained(args.checkpoint, allow_cpu=args.allow_cpu, devices=args.devices)
         pipe.encode([job.prompt for job in jobs], strict=settings.generate.strict)  # the text encoder is loaded once

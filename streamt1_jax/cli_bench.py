@@ -10,6 +10,7 @@ from streamt1_jax.errors import BadInputError
 from streamt1_jax.outputs import atomic_write, write_json
 from streamt1_jax.settings import check_size, load_settings
 
+PROMPT = "a red circle moves right"  # what rewards that read a prompt are given
 FEWEST_CHUNKS = 10  # the window is full from chunk 4 on; three full chunks at the start, three at the end
 
 
@@ -21,27 +22,33 @@ def add_bench(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--preset", default="mini", help="1.3b, 14b, mini or tiny (default: mini)")
-    add("--candidates", default="1,4", metavar="N,...", help="candidates a chunk (default: 1,4)")
+    add("--candidates", default="1,4", metavar="N,...", help="candidates a chunk, each a lane (default: 1,4)")
     add("--chunks", type=int, default=12, help="chunks of a video (default: 12)")
     add("--repeats", type=int, default=3, help="warm runs (default: 3)")
+    add("--config", metavar="FILE", help="as in generate; of its search, every lane has another grid")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in generate")
+    add("--rewards", metavar="SHORT[,LONG]", help="as in generate (default: native)")
+    add("--devices", type=int, default=1, metavar="N", help="devices of this machine that share the candidates")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on an accelerator, float32 on a CPU")
     add("--height", type=int, help="pixels (default: the preset's)")
     add("--width", type=int, help="pixels (default: the preset's)")
-    add("--json", metavar="FILE", help="write the report here too")
+    add("--json", metavar="FILE", help="write the report here too, anew after every round of runs")
     add("--against", metavar="FILE", help="compare with an earlier report")
-    add("--profile", metavar="DIR", help="write a trace of three chunks for XProf and Perfetto")
+    add("--profile", metavar="DIR", help="write a trace of three chunks of the last lane for XProf and Perfetto")
     parser.set_defaults(run=_run_bench)
 
 
 def _run_bench(args: argparse.Namespace) -> int:
     model = ModelConfig.preset(args.preset)
-    height, width = _size(args.height, model.height), _size(args.width, model.width)
+    settings = load_settings(args.config, [*args.set, *reward_overrides(args.rewards)])
+    height = _size(args.height, _size(settings.generate.height, model.height))
+    width = _size(args.width, _size(settings.generate.width, model.width))
     check_size(height, width)
     candidates = _numbers(args.candidates)
-    if args.repeats < 1 or args.chunks < FEWEST_CHUNKS:
+    if args.repeats < 1 or args.chunks < FEWEST_CHUNKS or args.devices < 1:
         raise BadInputError(
-            f"--repeats is {args.repeats}, --chunks {args.chunks}, expected at least 1 and {FEWEST_CHUNKS}, so "
-            "that the window is full for three chunks at the start and three others at the end"
+            f"--repeats is {args.repeats}, --devices {args.devices} and --chunks {args.chunks}, expected at least 1, 1 "
+            f"and {FEWEST_CHUNKS}, so that the window is full for three chunks at the start and three others at the end"
         )
     asked = {"preset": args.preset, "size": {"height": height, "width": width}, "chunks": args.chunks}
     earlier = _earlier(args.against, asked, candidates) if args.against else None
@@ -52,28 +59,49 @@ def _run_bench(args: argparse.Namespace) -> int:
 
     import jax.numpy as jnp
 
-    from streamt1_jax.bench import run_bench
+    from streamt1_jax.bench import lane_config, run_bench
     from streamt1_jax.bench_report import bench_table, compare_table
+    from streamt1_jax.rewards import PromptTable, resolve
+    from streamt1_jax.sharding import candidate_mesh
     from streamt1_jax.weights import default_dtype
+
+    for number in candidates:
+        candidate_mesh(lane_config(settings.run, number).search, args.devices)
+    prompts = PromptTable([PROMPT])
+
+    def keep(report: dict[str, Any]) -> None:
+        if args.json:
+            with atomic_write(args.json, overwrite=True) as path:
+                write_json(path, {**asked, **report})
 
     report = run_bench(
         model,
+        settings.run,
         candidates=candidates,
         chunks=args.chunks,
         repeats=args.repeats,
         dtype=jnp.dtype(args.dtype).type if args.dtype else default_dtype(),
         height=height,
         width=width,
+        rewards=(resolve(settings.rewards.short, "short", prompts), resolve(settings.rewards.long, "long", prompts)),
+        devices=args.devices,
         profile=args.profile,
+        on_round=keep,
     )
     report = {**asked, **report}
-    if args.json:
-        with atomic_write(args.json) as path:
-            write_json(path, report)
+    keep(report)
     print(bench_table(report))
     if earlier is not None:
         print("\n" + compare_table(report, earlier))
     return 0
+
+
+def reward_overrides(rewards: str | None) -> list[str]:
+    """`--rewards SHORT[,LONG]` as settings; one name is both."""
+    if rewards is None:
+        return []
+    short, _, long = rewards.partition(",")
+    return [f"rewards.short={short}", f"rewards.long={long or short}"]
 
 
 def _size(given: int | None, default: int) -> int:

@@ -3,16 +3,16 @@
 What is left out (norms, softmax, activations, resizing) is below one per cent of them.
 """
 
-from streamt1_jax.config import PATCH, DiTConfig, UMT5Config, VAEConfig
+from streamt1_jax.config import PATCH, DiTConfig, ModelConfig, RunConfig, UMT5Config, VAEConfig
 from streamt1_jax.models.vae import decoder_widths
 
 
-def dit_forward(config: DiTConfig, tokens: int, past_tokens: int, *, context: bool = False) -> int:
+def dit_forward(config: DiTConfig, tokens: int, past_tokens: int | float, *, context: bool = False) -> int | float:
     """One forward of one candidate's chunk.
 
     Args:
         tokens: of the chunk itself.
-        past_tokens: of earlier chunks that it attends to.
+        past_tokens: of earlier chunks that it attends to; a mean where they vary.
         context: the context pass, which needs no head and of the last block only keys and values.
     """
     dim, seen = config.dim, tokens + past_tokens
@@ -68,3 +68,26 @@ def umt5_encode(config: UMT5Config, tokens: int) -> int:
     inner = config.num_heads * config.head_dim
     linears = 2 * tokens * config.dim * (4 * inner + 3 * config.ffn_dim)
     return config.num_layers * (linears + 4 * tokens * tokens * inner)
+
+
+def chunk(model: ModelConfig, run: RunConfig, height: int, width: int, appended: int | float) -> dict[str, int | float]:
+    """Work of one chunk with a full window, by stage of the step, of valid tokens.
+
+    Args:
+        height, width: pixels.
+        appended: sink chunks appended so far, the mean over chunks and beams.
+    """
+    beams, count = run.search.grid
+    stream, factor = run.stream, model.vae.space_factor
+    h, w = height // factor, width // factor
+    tokens = stream.latent_frames_per_chunk * (h // PATCH) * (w // PATCH)
+    past = tokens * (stream.sink_chunks + stream.window_chunks + appended)
+    frames = stream.latent_frames_per_chunk * vae_decode_frame(model.vae, h, w, first=False)
+    if run.search.decode == "window":  # The chunk and all of its window, each from a fresh decoder.
+        first = vae_decode_frame(model.vae, h, w, first=True) - vae_decode_frame(model.vae, h, w, first=False)
+        frames = frames * (1 + run.search.sliding_window_size) + 2 * first
+    return {
+        "propose": beams * count * len(stream.denoising_steps) * dit_forward(model.dit, tokens, past),
+        "recall": beams * dit_forward(model.dit, tokens, past, context=True),
+        "watch": beams * count * frames,
+    }

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from streamt1_jax import __version__
 
@@ -62,25 +61,42 @@ def compilations() -> Iterator[list[float]]:
 
 @contextlib.contextmanager
 def compilation_cache(folder: str | None) -> Iterator[None]:
-    """Another persistent cache, or none, for a while."""
+    """Another persistent cache, or none, for a while; it keeps every program, however small or quickly compiled."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    before = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_compilation_cache_dir", folder)
+    meanwhile = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in meanwhile}
+    for name, value in meanwhile.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
     try:
         yield
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
         compilation_cache.reset_cache()
 
 
-def matmul_peak(dtype: Any, repeats: int = 5) -> float:
-    """FLOP/s of a large square matrix product of this type on random numbers: what utilisation is measured against."""
-    n = 1536 if jax.default_backend() == "cpu" else 8192
+def matmul_peak(dtype: Any, repeats: int = 5, products: int = 10) -> float:
+    """FLOP/s of large square matrix products of this type on random numbers: what utilisation is measured against.
+
+    Each product waits for the one before, in one program: starting a program does not count.
+    """
+    n = 1024 if jax.default_backend() == "cpu" else 8192
     a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
-    product = jax.jit(jnp.matmul)
-    return 2 * n**3 / statistics.median(timed(lambda: product(a, b), repeats))
+    b = b * n**-0.5  # the products stay as large as a
+
+    @jax.jit
+    def chain(a, b):
+        for _ in range(products):
+            a = a @ b
+        return a
+
+    return products * 2 * n**3 / statistics.median(timed(lambda: chain(a, b), repeats))
 
 
 def peak_bytes() -> dict[str, int]:

@@ -2,9 +2,14 @@
 
 A mesh of beams by candidates; every leaf that has these axes is laid out along them and XLA's partitioner does the
 rest. Nothing else in the search knows how many devices there are, and the result does not depend on it.
+
+What has a beams axis alone lies with every candidate of that beam. So the context pass of a kept beam (`recall`) is
+repeated by the devices along the candidates axis: each needs its keys and values for the next chunk, and one that did
+not make them would only wait for one that does.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,7 +43,7 @@ def candidate_mesh(search: SearchConfig, devices: int) -> Mesh:
     return Mesh(np.array(local[:devices]).reshape(over_beams, over_candidates), (BEAMS, CANDIDATES))
 
 
-def along(mesh: Mesh | None, tree: PyTree, *axes: str) -> PyTree:
+def along(mesh: Mesh | None, tree: PyTree, *axes: str | None) -> PyTree:
     """Lays the leading axes of every leaf out along the mesh, inside a compiled program; no mesh, no change."""
     if mesh is None:
         return tree
@@ -48,3 +53,16 @@ def along(mesh: Mesh | None, tree: PyTree, *axes: str) -> PyTree:
 def place(mesh: Mesh | None, tree: PyTree, *axes: str) -> Any:
     """The same for arrays that exist; without axes every device gets a copy."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def of_own_candidates(mesh: Mesh | None, fn: Callable) -> Callable:
+    """`fn(videos [n, ...], num_frames [n], prompt_index) -> [n] leaves`, called by every device with its own rows.
+
+    For a reward on the host: the partitioner knows nothing of callbacks and would have every device send all videos
+    and score them all.
+    """
+    if mesh is None:
+        return fn
+    rows = PartitionSpec((BEAMS, CANDIDATES))
+    # Nothing is known of what comes back from the host, so nothing of how it varies over devices can be checked.
+    return jax.shard_map(fn, mesh=mesh, in_specs=(rows, rows, PartitionSpec()), out_specs=rows, check_vma=False)

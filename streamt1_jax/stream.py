@@ -8,9 +8,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from streamt1_jax.models.dit import KV
 from streamt1_jax.noise import NoiseFn, first_seeds, next_seeds, propagate
 from streamt1_jax.pruning import fuse, fusion_weight, keep_best
 from streamt1_jax.rewards.base import OK, Reward, Verdict
-from streamt1_jax.sharding import BEAMS, CANDIDATES, along, place
+from streamt1_jax.sharding import BEAMS, CANDIDATES, along, of_own_candidates, place
 from streamt1_jax.sink import flags_to_route, sink_flags
 from streamt1_jax.state import Beam, ChunkRecord, StreamState
 from streamt1_jax.types import Count
@@ -47,7 +47,7 @@ class Search:
 
     @property
     def window(self) -> StreamingWindow | RedecodedWindow:
-        return make_window(self.generator, self.config.search, self.long.pixels)
+        return make_window(self.generator, self.config.search, self.long.pixels, self.mesh)
 
 
 class Candidates(NamedTuple):
@@ -114,20 +114,31 @@ def init_state(search: Search, seed: int, total_chunks: int) -> StreamState:
     return StreamState(beams=place(search.mesh, beams_of_all, BEAMS), **place(search.mesh, numbers))
 
 
+def _call(stage: Callable, *args: Any, **kwargs: Any) -> Any:
+    return stage(*args, **kwargs)
+
+
 def step(
-    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, *, first: bool
+    search: Search,
+    params: PyTree,
+    conditioning: Conditioning,
+    state: StreamState,
+    *,
+    first: bool,
+    call: Callable = _call,
 ) -> tuple[StreamState, ChunkRecord]:
     """One chunk: state and record out, nothing else happens.
 
     Args:
         first: whether this is chunk 0; must agree with `state.chunk`.
+        call: `call(stage, *args, **kwargs)` runs one of the six; a benchmark compiles and times each here.
     """
-    candidates = propose(search, params, conditioning, state, first=first)
-    seen = watch(search, params, state, candidates, first=first)
-    scores = judge(search, conditioning, state, candidates, seen, first=first)
-    winners = select(state, candidates, seen, scores)
-    kv = recall(search, params, conditioning, state, winners, first=first)
-    return commit(search, params, state, candidates, seen, scores, winners, kv, first=first)
+    candidates = call(propose, search, params, conditioning, state, first=first)
+    seen = call(watch, search, params, state, candidates, first=first)
+    scores = call(judge, search, conditioning, state, candidates, seen, first=first)
+    winners = call(select, search, state, candidates, seen, scores)
+    kv = call(recall, search, params, conditioning, state, winners, first=first)
+    return call(commit, search, params, state, candidates, seen, scores, winners, kv, first=first)
 
 
 def propose(
@@ -166,7 +177,9 @@ def propose(
 def watch(search: Search, params: PyTree, state: StreamState, candidates: Candidates, *, first: bool) -> Seen:
     """Decodes every candidate, from its parent's decoder state or from a fresh one (`window.py`)."""
     with jax.named_scope("watch"):
-        return search.window.see(params, state, candidates.latents, first=first)
+        seen = search.window.see(params, state, candidates.latents, first=first)
+        of_candidate = {name: getattr(seen, name) for name in ("chunk", "long", "window", "decoder")}
+        return seen._replace(**along(search.mesh, of_candidate, BEAMS, CANDIDATES))
 
 
 def judge(
@@ -175,8 +188,8 @@ def judge(
     """Asks both rewards and fuses what they say; fixes the flags for the day of eviction (SPEC sections 5 and 6)."""
     with jax.named_scope("judge"):
         shown = _evenly(seen.chunk, search.config.search.short_reward_frames)
-        short, short_failed = _ask(search.short, shown, shown.shape[2], conditioning)
-        long, long_failed = _ask(search.long, seen.long, seen.long_valid, conditioning)
+        short, short_failed = _ask(search, search.short, shown, shown.shape[2], conditioning)
+        long, long_failed = _ask(search, search.long, seen.long, seen.long_valid, conditioning)
         f = search.config.stream.latent_frames_per_chunk
         alpha = fusion_weight(state.chunk * f, state.total_frames, f, search.config.search.short_score_fusion_cap)
         fused = fuse(short, long, alpha)
@@ -195,27 +208,31 @@ def _evenly(video: Float[Array, "B K T H W 3"], count: int | None) -> Float[Arra
 
 
 def _ask(
-    reward: Reward, video: Shaped[Array, "B K T H W 3"], valid: int | Count, conditioning: Conditioning
+    search: Search, reward: Reward, video: Shaped[Array, "B K T H W 3"], valid: int | Count, conditioning: Conditioning
 ) -> tuple[Float[Array, "B K"], Bool[Array, "B K"]]:
-    """(scores, failed) of all candidates in one call."""
+    """(scores, failed) of all candidates in one call; on the host in one a device."""
     beams, count, *rest = video.shape
     n = beams * count
     flat = to_pixels(video, reward.pixels).reshape(n, *rest)
-    verdict = reward.call(flat, jnp.full((n,), valid, jnp.int32), conditioning.prompt_index)
+    call = reward.call if reward.runs_on == "jax" else of_own_candidates(search.mesh, reward.call)
+    verdict = call(flat, jnp.full((n,), valid, jnp.int32), conditioning.prompt_index)
     return verdict.scores.reshape(beams, count), (verdict.status != OK).reshape(beams, count)
 
 
-def select(state: StreamState, candidates: Candidates, seen: Seen, scores: Scores) -> Winners:
+def select(search: Search, state: StreamState, candidates: Candidates, seen: Seen, scores: Scores) -> Winners:
     """The best B of all B * K candidates, each beside the beam that it continues."""
     with jax.named_scope("select"):
         beams, count = candidates.seed.shape
         kept = keep_best(scores.fused, scores.usable, beams)
         of_candidate = (candidates, scores.short, scores.long, flags_to_route(scores.ema, scores.append))
         of_candidate += (seen.chunk, seen.window, seen.decoder)
-        won = jax.tree.map(lambda x: x.reshape(beams * count, *x.shape[2:])[kept], of_candidate)
+        # Laid out so that a device is sent one winner of each candidate axis, not all winners of all devices.
+        of_candidate = along(search.mesh, of_candidate, None, CANDIDATES)
+        beam, number = along(search.mesh, jnp.divmod(kept, count), BEAMS)
+        won = jax.tree.map(lambda x: x[beam, number], of_candidate)
         # One beam continues itself: nothing of its cache needs to move.
-        parent = state.beams if beams == 1 else jax.tree.map(lambda x: x[kept // count], state.beams)
-        return Winners(kept, parent, *won)
+        parent = state.beams if beams == 1 else jax.tree.map(lambda x: x[beam], state.beams)
+        return along(search.mesh, Winners(kept, parent, *won), BEAMS)
 
 
 def recall(

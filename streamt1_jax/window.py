@@ -8,11 +8,13 @@
 Both give the long reward the same frames as long as the window starts at frame 0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from streamt1_jax.config import SearchConfig
@@ -49,6 +51,41 @@ def push(
     return jax.lax.dynamic_update_slice_in_dim(shifted, new.astype(buffer.dtype), count - drop, axis=0)
 
 
+def decodes_in_turn(mesh: Mesh | None) -> bool:
+    """Whether candidates are decoded one after the other: on one CPU, and nowhere else.
+
+    The convolutions of one candidate keep all cores busy, so a batch gains nothing and its arrays, as many times as
+    large, fall out of the processor's cache. Least of 30 runs on two shared cores, 80x128 pixels: one candidate takes
+    141 ms, four in a batch 683 (4.8 times one), four in turn 570 (4.0). Denoising is another case: its small matrix
+    products gain from a batch (3.4 times one against 3.9 in turn) and stay in one. A GPU wants the batch for both.
+    """
+    return mesh is None and jax.default_backend() == "cpu"
+
+
+def over_candidates(fn: Callable[[Any, Any], Any], candidates: PyTree, beams: PyTree, *, in_turn: bool) -> PyTree:
+    """`fn(candidate, beam)` of every candidate, written for one, with the beam that it continues.
+
+    Args:
+        candidates: leaves [B, K, ...].
+        beams: leaves [B, ...].
+        in_turn: one after the other, instead of in a batch.
+
+    Returns:
+        Leaves [B, K, ...].
+    """
+    grid = jax.tree.leaves(candidates)[0].shape[:2]
+    if not in_turn or grid == (1, 1):
+        return jax.vmap(jax.vmap(fn, in_axes=(0, None)))(candidates, beams)
+
+    def one(flat):
+        beam, number = jnp.unravel_index(flat, grid)
+        return fn(jax.tree.map(lambda x: x[beam, number], candidates), jax.tree.map(lambda x: x[beam], beams))
+
+    # One loop over both axes: a loop in a loop would copy what the inner one has stacked.
+    made = jax.lax.map(one, jnp.arange(grid[0] * grid[1], dtype=jnp.int32))
+    return jax.tree.map(lambda x: x.reshape(*grid, *x.shape[1:]), made)
+
+
 @dataclass(frozen=True, eq=False)
 class StreamingWindow:
     """The frames of the last W chunks, each decoded once from its parent's decoder state."""
@@ -56,6 +93,7 @@ class StreamingWindow:
     generator: Generator
     chunks: int
     pixels: str
+    mesh: Mesh | None = None
 
     def empty(self) -> Shaped[Array, "cap H W 3"]:
         shape = (self.chunks * self.generator.frames_per_chunk, *self.generator.frame_shape, 3)
@@ -71,12 +109,14 @@ class StreamingWindow:
     def see(self, params: PyTree, state: StreamState, latents: Float[Array, "B K f C h w"], *, first: bool) -> Seen:
         drop, valid = self.next_count(state, first=first)
 
-        def candidate(latents, decoder, window):
-            frames, decoder = self.generator.decode(params, decoder, latents, first=first)
-            return frames, push(window, state.window_count, drop, to_pixels(frames, self.pixels)), decoder
+        def decode(latents, decoder):
+            return self.generator.decode(params, decoder, latents, first=first)
 
-        of_beam = jax.vmap(candidate, in_axes=(0, None, None))
-        frames, window, decoder = jax.vmap(of_beam)(latents, state.beams.decoder, state.beams.window)
+        def remember(frames, window):
+            return push(window, state.window_count, drop, to_pixels(frames, self.pixels))
+
+        frames, decoder = over_candidates(decode, latents, state.beams.decoder, in_turn=decodes_in_turn(self.mesh))
+        window = over_candidates(remember, frames, state.beams.window, in_turn=False)
         return Seen(frames, frames if first else window, valid, window, decoder)
 
 
@@ -86,6 +126,7 @@ class RedecodedWindow:
 
     generator: Generator
     chunks: int
+    mesh: Mesh | None = None
 
     def empty(self) -> Float[Array, "chunks f C h w"]:
         return jnp.zeros((self.chunks, *self.generator.chunk_shape), jnp.float32)
@@ -102,8 +143,8 @@ class RedecodedWindow:
             frames, _ = self.generator.decode(params, self.generator.init_decoder(), latents, first=True)
             return frames, window, frames if first else self._decode(params, window)
 
-        of_beam = jax.vmap(candidate, in_axes=(0, None))
-        frames, window, long = jax.vmap(of_beam)(latents, state.beams.window)
+        in_turn = decodes_in_turn(self.mesh)
+        frames, window, long = over_candidates(candidate, latents, state.beams.window, in_turn=in_turn)
         valid_frames = self.generator.first_frames + self.generator.frames_per_chunk * (valid - 1)
         return Seen(frames, long, valid_frames, window, None)
 
@@ -119,8 +160,10 @@ class RedecodedWindow:
         return jnp.concatenate([head, tail.reshape(-1, *head.shape[1:])])
 
 
-def make_window(generator: Generator, search: SearchConfig, pixels: str) -> StreamingWindow | RedecodedWindow:
+def make_window(
+    generator: Generator, search: SearchConfig, pixels: str, mesh: Mesh | None = None
+) -> StreamingWindow | RedecodedWindow:
     """The window of the configured decode mode; `pixels` is what the long reward wants."""
     if search.decode == "window":
-        return RedecodedWindow(generator, search.sliding_window_size)
-    return StreamingWindow(generator, search.sliding_window_size, pixels)
+        return RedecodedWindow(generator, search.sliding_window_size, mesh)
+    return StreamingWindow(generator, search.sliding_window_size, pixels, mesh)

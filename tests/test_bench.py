@@ -20,13 +20,14 @@ from compare import assert_close, assert_equal
 from small import SMALL, SmallWeights
 
 from streamt1_jax import cli, flops
-from streamt1_jax.bench import STAGES, Bench, chunk_flops, grid_of, search_of, staged_step
+from streamt1_jax.bench import Bench, grid_of, lane_config
 from streamt1_jax.bench_report import bench_table, compare_table
 from streamt1_jax.config import RunConfig, SearchConfig
 from streamt1_jax.measure import Spread, compilations
 from streamt1_jax.memory import size_of
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.sink import Route
+from streamt1_jax.stages import NAMES, staged_step
 from streamt1_jax.stream import init_state, jitted_step
 
 TESTS = Path(__file__).parent
@@ -48,7 +49,7 @@ def bench() -> Bench:
 
 
 def report_of_seconds(seconds: float) -> dict:
-    stages = {stage: {"median": seconds} for stage in STAGES}
+    stages = {stage: {"median": seconds} for stage in NAMES}
     run = {"candidates": 4, "stage_seconds": stages, "chunk_seconds": {"median": seconds}}
     asked = {"preset": "tiny", "size": {"height": SMALL.height, "width": SMALL.width}, "chunks": 10}
     return {"machine": {"device": "an old one", "jax": "0.1"}, "dtype": "float32", "runs": [run], **asked}
@@ -59,7 +60,8 @@ def made(tmp_path_factory):
     """One whole run of the command, in a process of its own: it empties JAX's caches. (folder, printed, report)"""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "earlier.json").write_text(json.dumps(report_of_seconds(1e-9)))
-    options = "--preset tiny --candidates 1,4 --chunks 10 --repeats 1 --json now.json --against earlier.json"
+    options = "--preset tiny --candidates 4,1 --chunks 10 --repeats 1 --json now.json --against earlier.json"
+    options += " --set search.short_threshold=0 --rewards native"
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, "bench", *options.split(), "--profile", "trace"],
         cwd=folder,
@@ -77,14 +79,26 @@ def test_the_report_holds_every_stage_and_nothing_was_compiled(made):
     assert [(run["candidates"], run["grid"]) for run in report["runs"]] == [(1, [1, 1]), (4, [2, 2])]
     for run in report["runs"]:
         assert run["compiled_while_timing"] == 0
-        assert tuple(run["stage_seconds"]) == STAGES
+        assert tuple(run["stage_seconds"]) == NAMES
         for spread in (*run["stage_seconds"].values(), run["chunk_seconds"], run["first_chunk_seconds"]):
             assert 0 < spread["low"] <= spread["median"] <= spread["high"]
         assert len(run["chunk_seconds_by_index"]) == 10
         assert run["stages_over_chunk"] > 0
-        positive = (run["compile_seconds"], run["frames_per_second"], run["flop_per_second"], run["peak_bytes"])
-        assert all(value > 0 for group in positive for value in group.values())
-    assert report["text_seconds"]["median"] > 0
+        positive = ("compile_seconds", "frames_per_second", "flop_per_second", "peak_bytes", "step_bytes")
+        assert all(value > 0 for name in positive for value in run[name].values()), run
+        assert set(run["step_bytes"]) == {"arguments", "results", "temporaries"}
+        assert 0 <= run["appended_sinks"]["mean"] <= run["appended_sinks"]["room"] == 4
+        assert run["late_over_early"]["late"] == [7, 9]
+        assert run["late_over_early"]["early"] == [4, 6]
+        assert (run["devices"], run["decoded"], run["warm_runs"]) == (1, "in turn", 1)
+        first = report["prompt"]["first_frames_seconds"][str(run["candidates"])]
+        assert 0 < first["low"] <= first["median"] <= first["high"]
+    for part in ("text", "prepare"):
+        assert report["prompt"][part]["seconds"]["median"] > 0
+    assert report["prompt"]["text"]["flop"] == flops.umt5_encode(SMALL.text, SMALL.dit.text_len)
+    assert report["prompt"]["prepare"]["flop"] == flops.dit_text(SMALL.dit)
+    assert report["run"]["search"]["short_threshold"] == 0
+    assert report["rewards"] == ["native_short", "native_long"]
     assert report["matmul_peak_flop_per_second"] > 1e8
     assert {"device", "cpus", "python", "jax", "jaxlib"} <= set(report["machine"])
     # A chunk is 6 pixel frames, however many candidates were tried for it.
@@ -93,8 +107,10 @@ def test_the_report_holds_every_stage_and_nothing_was_compiled(made):
         chunk, judge = run["chunk_seconds"]["median"], run["stage_seconds"]["judge"]["median"]
         assert run["frames_per_second"]["the whole chunk"] == pytest.approx(6 / chunk)
         assert run["frames_per_second"]["the whole chunk less the rewards"] == pytest.approx(6 / (chunk - judge))
-    assert four["flop"]["propose"] == 4 * one["flop"]["propose"]
-    assert four["flop"]["recall"] == 2 * one["flop"]["recall"]
+    for run in (one, four):
+        config = lane_config(RunConfig(), run["candidates"])
+        work = flops.chunk(SMALL, config, SMALL.height, SMALL.width, run["appended_sinks"]["mean"])
+        assert run["flop"] == pytest.approx(work)
 
 
 @pytest.mark.slow
@@ -102,7 +118,8 @@ def test_the_table_and_the_comparison_are_printed(made):
     _, printed, report = made
     assert printed.startswith(bench_table(report))
     said = ("2x2 candidates", "random weights", "rewards: native_short", "programs compiled", "GB at most")
-    for text in (*STAGES, *said):
+    said += ("devices: 1", "decoded in turn", "text encoder", "first frames, warm", "temporaries", "of room for")
+    for text in (*NAMES, *said):
         assert text in printed
     against = printed[len(bench_table(report)) :]
     assert "against an old one, jax 0.1" in against
@@ -119,7 +136,7 @@ def test_a_profile_is_written(made):
 
 def test_a_comparison_gives_the_ratio_of_times():
     rows = compare_table(report_of_seconds(3.0), report_of_seconds(2.0)).splitlines()[2:]
-    assert len(rows) == len(STAGES) + 1
+    assert len(rows) == len(NAMES) + 1
     assert all(row.endswith(" 1.500") for row in rows)
 
 
@@ -130,7 +147,11 @@ def test_a_comparison_gives_the_ratio_of_times():
         ("--candidates two", "expected numbers of at least 1"),
         ("--candidates 0", "at least 1"),
         ("--repeats 0", "at least 1"),
-        ("--chunks 4", "at least 1 and 10"),
+        ("--chunks 4", "at least 1, 1 and 10"),
+        ("--devices 0", "at least 1"),
+        ("--devices 4096", "lower --devices"),
+        ("--rewards nativ", "did you mean 'native'"),
+        ("--set search.beam=3", "search.beam"),
         ("--chunks many", "invalid int value"),
         ("--dtype float64", "invalid choice"),
         ("--height 50", "50"),
@@ -154,11 +175,14 @@ def test_bad_arguments_are_refused(options, said, capsys, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize(("candidates", "grid"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (8, (2, 4))])
 def test_candidates_become_a_grid(candidates, grid):
-    assert grid_of(candidates) == search_of(candidates).grid == grid
+    assert grid_of(candidates) == lane_config(RunConfig(), candidates).search.grid == grid
 
 
-def test_one_candidate_is_plain_streaming():
-    assert search_of(1) == SearchConfig.longlive()
+def test_lanes_differ_in_their_grid_alone():
+    run = RunConfig(search=SearchConfig(max_sink_size=9, decode="window", pruning=False))
+    one, four = (lane_config(run, number) for number in (1, 4))
+    assert dataclasses.replace(four.search, beams=1, candidates_per_beam=1) == one.search
+    assert (one.appended_chunks, one.search.decode) == (2, "window")
 
 
 def test_a_spread_of_runs():
@@ -186,13 +210,13 @@ def test_the_stages_make_the_same_step(bench, first):
     if not first:
         state, _ = jitted_step(search, bench.params, conditioning, state, first=True)
 
-    def clock(name, run):
+    def around(name, run):
         names.append(name)
         return run()
 
-    staged = jax.device_get(staged_step(search, bench.params, conditioning, state, first=first, clock=clock))
+    staged, _ = jax.device_get(staged_step(search, bench.params, conditioning, state, first=first, around=around))
     whole, _ = jax.device_get(jitted_step(search, bench.params, conditioning, state, first=first))
-    assert tuple(names) == STAGES
+    assert tuple(names) == NAMES
     for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(staged), jax.tree.leaves(whole), strict=True):
         name = jax.tree_util.keystr(path)
         if ours.dtype == np.uint8:  # a rounding error may turn one level into the next
@@ -209,16 +233,6 @@ def test_the_bytes_to_the_host_are_those_of_the_record(bench):
     state, _ = jitted_step(search, bench.params, conditioning, init_state(search, 0, 2), first=True)
     _, record = jitted_step(search, bench.params, conditioning, state, first=False)
     assert bench._host_bytes(search, conditioning) == sum(leaf.nbytes for leaf in jax.tree.leaves(record))
-
-
-def test_the_work_of_a_chunk(bench):
-    search = bench.search(RunConfig(search=search_of(8)))
-    work = chunk_flops(SMALL, search)
-    tokens = 3 * 4 * 8
-    forward = flops.dit_forward(SMALL.dit, tokens, 3 * tokens)
-    assert work["propose"] == 8 * 4 * forward
-    assert work["recall"] < 2 * forward
-    assert work["watch"] == 8 * 3 * flops.vae_decode_frame(SMALL.vae, 8, 16, first=False)
 
 
 def routes(records) -> list[list[int]]:

@@ -9,15 +9,10 @@ import pytest
 from flax import nnx
 
 from streamt1_jax import flops
-from streamt1_jax.bench import chunk_flops
 from streamt1_jax.config import DiTConfig, ModelConfig, RunConfig, SearchConfig, UMT5Config, VAEConfig
-from streamt1_jax.generator import wan_generator
 from streamt1_jax.models.dit import KV, Past
 from streamt1_jax.models.umt5 import encode_prompt
 from streamt1_jax.networks import network_graph
-from streamt1_jax.noise import gaussian_noise
-from streamt1_jax.rewards import native_long, native_short
-from streamt1_jax.stream import Search
 
 TERA = 1e12
 FRAME_TOKENS = 30 * 52  # of one latent frame of 832x480
@@ -135,10 +130,27 @@ def test_layers_add_up():
 
 def test_a_chunk_of_two_by_two_at_full_size():
     """18 forwards, as the desk study has it: 508 TFLOP of the DiT but for the context pass's missing last block."""
-    config = RunConfig(search=SearchConfig())
-    generator = wan_generator(ModelConfig.wan_1_3b(), config.stream, 480, 832, jnp.bfloat16)
-    search = Search(generator, native_short(), native_long(), gaussian_noise(generator.chunk_shape, 4), config)
-    work = {name: amount / TERA for name, amount in chunk_flops(ModelConfig.wan_1_3b(), search).items()}
+    model, run = ModelConfig.wan_1_3b(), RunConfig(search=SearchConfig())
+    work = {name: amount / TERA for name, amount in flops.chunk(model, run, 480, 832, appended=0).items()}
     assert work["propose"] == pytest.approx(16 * 28.3, rel=0.002)
     assert work["recall"] == pytest.approx(2 * 28.3 * 29 / 30, rel=0.005)
     assert work["watch"] == pytest.approx(163, rel=0.005)
+
+
+def test_appended_sinks_are_attended_to():
+    """A sink chunk more is a window of three latent frames more: the next entry of the published table."""
+    model, run = ModelConfig.wan_1_3b(), RunConfig(search=SearchConfig())
+    work = [flops.chunk(model, run, 480, 832, appended=n)["propose"] / TERA for n in (0, 0.5, 1)]
+    assert work[2] == pytest.approx(16 * WINDOWS[15], rel=0.002)
+    assert work[1] == pytest.approx((work[0] + work[2]) / 2)
+
+
+def test_window_decode_decodes_the_window_for_every_candidate():
+    """As released: 126 TFLOP for the chunk and 1589 for ten chunks, of four candidates."""
+    model = ModelConfig.wan_1_3b()
+    released, ours = (
+        flops.chunk(model, RunConfig(search=SearchConfig(decode=decode)), 480, 832, appended=0)["watch"] / TERA
+        for decode in ("window", "streaming")
+    )
+    assert released == pytest.approx(126 + 1589, rel=0.005)
+    assert ours == pytest.approx(163, rel=0.005)

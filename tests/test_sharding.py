@@ -1,6 +1,7 @@
 """The candidates of a chunk over eight devices, forced on the CPU in a process of its own: the same as on one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,29 @@ def test_picks_and_latents_are_those_of_one_device(report):
     assert all(report["error"][name] <= atol for name, atol in ATOL.items()), report["error"]
     assert report["routes"] == sorted(Route), "not every route was taken: less is tested than should be"
     assert len({tuple(kept) for kept in report["kept"]}) > 1, "every chunk kept the same: nothing is tested"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["window_decode", "reward_on_the_host"])
+def test_other_ways_of_running_are_those_of_one_device(report, way):
+    found = report[way]
+    assert found["unequal"] == []
+    assert all(found["error"][name] <= atol for name, atol in ATOL.items()), found["error"]
+
+
+@pytest.mark.slow
+def test_a_reward_on_the_host_scores_every_candidate_once(report):
+    """Not once a device: 2 x 4 candidates of 3 chunks."""
+    assert report["reward_on_the_host"]["asked"] == [24, 24]
+
+
+@pytest.mark.slow
+def test_no_device_is_sent_the_winners_of_the_others(report):
+    """What is summed over devices holds one winner, not both; the windows are the largest thing that is."""
+    shapes, window = report["reduced"]["shapes"], report["reduced"]["window"]
+    assert [1, *window] in shapes, "the windows are not among what is summed: nothing is tested"
+    assert [2, *window] not in shapes
+    assert max(math.prod(shape) for shape in shapes) <= report["reduced"]["largest"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,116 @@
+"""A lane of a benchmark: one number of candidates, ready to run, what times it and what was measured of it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import PyTree
+
+from streamt1_jax.cache import EMPTY
+from streamt1_jax.generator import Conditioning
+from streamt1_jax.models.umt5 import encode_prompt
+from streamt1_jax.stages import staged_step
+from streamt1_jax.state import ChunkRecord, StreamState
+from streamt1_jax.stream import Search, init_state, jitted_step
+
+
+class ChunkTimes(NamedTuple):
+    """What one chunk took."""
+
+    stages: dict[str, float]  # seconds
+    whole: float  # seconds as one program, with its record on the host
+    appended: float  # sink chunks that its beams attended to beside the first, their mean
+
+    @property
+    def staged(self) -> float:
+        return sum(self.stages.values())
+
+
+@dataclass
+class Lane:
+    """One number of candidates, and what was measured of it."""
+
+    candidates: int
+    search: Search
+    params: PyTree
+    conditioning: Conditioning
+    compile_seconds: dict[str, float] = field(default_factory=dict)
+    step_bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    videos: list[list[ChunkTimes]] = field(default_factory=list)
+    compiled: int = 0
+
+    @property
+    def steady(self) -> int:
+        """The first chunk to meet a full window."""
+        return self.search.config.stream.sink_chunks + self.search.config.stream.window_chunks + 1
+
+    def step(self, state: StreamState, index: int) -> tuple[StreamState, ChunkRecord]:
+        return jitted_step(self.search, self.params, self.conditioning, state, first=index == 0)
+
+
+class _Clock:
+    """Seconds of each stage of one chunk."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, run: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = jax.block_until_ready(run())
+        self.seconds[name] = time.perf_counter() - started
+        return result
+
+
+def time_video(lane: Lane, chunks: int) -> list[ChunkTimes]:
+    """Every chunk of a video is made twice from the same state, stage by stage and by the one program."""
+    state, taken = init_state(lane.search, 0, chunks), []
+    jax.block_until_ready(state)
+    for index in range(chunks):
+        clock = _Clock()
+        staged_step(lane.search, lane.params, lane.conditioning, state, first=index == 0, around=clock)
+        started = time.perf_counter()
+        state, on_device = lane.step(state, index)
+        record = jax.device_get(on_device)
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - started
+        appended = (record.sink_start != EMPTY).sum(axis=1).mean()
+        taken.append(ChunkTimes(clock.seconds, seconds, float(appended)))
+    for reward in (lane.search.short, lane.search.long):
+        reward.raise_if_failed()
+    return taken
+
+
+def first_frames(lane: Lane, embeds: Callable[[], jax.Array]) -> np.ndarray:
+    """From a prompt's tokens, which `embeds` encodes, to the frames of chunk 0 on the host."""
+    conditioning = prepare(lane.search, lane.params, embeds(), jnp.int32(0))
+    state = init_state(lane.search, 0, 1)
+    _, record = jitted_step(lane.search, lane.params, conditioning, state, first=True)
+    return jax.device_get(record.frames)
+
+
+def step_bytes(step: Any) -> dict[str, int]:
+    """What XLA plans for the compiled step, by device; what is donated counts once. Empty where it does not tell."""
+    plan = step.memory_analysis()
+    if plan is None:
+        return {}
+    return {
+        "arguments": plan.argument_size_in_bytes,
+        "results": plan.output_size_in_bytes - plan.alias_size_in_bytes,
+        "temporaries": plan.temp_size_in_bytes,
+    }
+
+
+@jax.jit(static_argnames="search")
+def prepare(search: Search, params: PyTree, embeds: jax.Array, prompt_index: jax.Array) -> Conditioning:
+    return search.generator.prepare(params, embeds, prompt_index)
+
+
+@jax.jit(static_argnames="graphdef")
+def encode(graphdef: nnx.GraphDef, params: PyTree, ids: jax.Array) -> jax.Array:
+    return encode_prompt(nnx.merge(graphdef, params), ids, jnp.ones_like(ids)).astype(jnp.float32)

@@ -1,0 +1,51 @@
+"""The stages of a step, each its own compiled program: what measures or compares them runs `stream.step` by these."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from streamt1_jax import stream
+from streamt1_jax.generator import Conditioning
+from streamt1_jax.state import ChunkRecord, StreamState
+
+NAMES = ("propose", "watch", "judge", "select", "recall", "commit", "host")
+
+propose = jax.jit(stream.propose, static_argnames=("search", "first"))
+watch = jax.jit(stream.watch, static_argnames=("search", "first"))
+judge = jax.jit(stream.judge, static_argnames=("search", "first"))
+select = jax.jit(stream.select, static_argnames="search")
+recall = jax.jit(stream.recall, static_argnames=("search", "first"))
+commit = jax.jit(stream.commit, static_argnames=("search", "first"))
+_COMPILED = {
+    stream.propose: propose,
+    stream.watch: watch,
+    stream.judge: judge,
+    stream.select: select,
+    stream.recall: recall,
+    stream.commit: commit,
+}
+
+
+def staged_step(
+    search: stream.Search,
+    params: PyTree,
+    conditioning: Conditioning,
+    state: StreamState,
+    *,
+    first: bool,
+    around: Callable[[str, Callable[[], Any]], Any],
+) -> tuple[StreamState, ChunkRecord]:
+    """`stream.step`, a program a stage, and its record on the host. The state handed in is not consumed.
+
+    Args:
+        around: `around(name, run)` calls `run` and returns what the following stages are to be given; for every one
+            of `NAMES`, in this order.
+    """
+
+    def call(stage: Callable, *args: Any, **kwargs: Any) -> Any:
+        return around(stage.__name__, lambda: _COMPILED[stage](*args, **kwargs))
+
+    state, record = stream.step(search, params, conditioning, state, first=first, call=call)
+    return state, around("host", lambda: jax.device_get(record))
