@@ -1,4 +1,4 @@
-"""What is known of a published reward model beside its weights: texts, sizes, numbers. Read from its files, no torch."""
+"""What is known of a published reward model beside its weights: texts, sizes and numbers of its files. No torch."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -142,7 +142,8 @@ def _load(published: PublishedRewards, name: str) -> "HPSv3 | VideoReward":
         import transformers  # noqa: F401 (asked for here, so that its absence is one line)
     except ImportError as error:
         raise RewardError(
-            f"reward {name!r} needs PyTorch and transformers, which are not installed; pip install 'streamt1-jax[torch]'"
+            f"reward {name!r} needs PyTorch and transformers, which are not installed; "
+            "pip install 'streamt1-jax[torch]'"
         ) from error
     from streamt1_jax.rewards.loading import load_scorer
 
