@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from streamt1_jax.errors import BadInputError, WeightsError
 
@@ -128,7 +128,7 @@ def _fetch(repo: str, revision: str | None, patterns: Sequence[str], *, offline:
     from huggingface_hub import snapshot_download
 
     try:
-        options = {"local_files_only": True} if offline else {}
+        options: dict[str, Any] = {"local_files_only": True} if offline else {}
         path = Path(snapshot_download(repo, revision=revision or "main", allow_patterns=list(patterns), **options))
     except Exception as error:  # Of the hub, the network, its libraries and the disk: all end the same way here.
         name, first = type(error).__name__, " ".join(str(error).split())[:300]

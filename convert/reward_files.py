@@ -103,13 +103,12 @@ def model_config_of(path: Path) -> dict[str, Any]:
         ("data_config", "prompt_template_type"): ("detailed_special",),
         ("model_config", "use_special_tokens"): (True,),
         ("model_config", "reward_token"): ("special",),
-        ("model_config", "output_dim"): (1, len(DIMENSIONS)),
         ("peft_lora_config", "use_rslora"): (False, None),
     }
     problems = [
-        f"{section}.{key} is {values.get(section, {}).get(key)!r}, not {' or '.join(map(repr, allowed))}"
+        f"{section}.{key} is {values[section][key]!r}, not {' or '.join(map(repr, allowed))}"
         for (section, key), allowed in supported.items()
-        if values.get(section, {}).get(key) not in allowed
+        if key in values.get(section, {}) and values[section][key] not in allowed
     ]
     numbers = [("data_config", "max_frame_pixels"), ("data_config", "fps"), ("peft_lora_config", "lora_alpha")]
     numbers += [("inference_config", f"{name}_{kind}") for name in DIMENSIONS for kind in ("mean", "std")]

@@ -40,9 +40,9 @@ from streamt1_jax.errors import WeightsError
 from streamt1_jax.manifest import write_manifest, write_plain_json
 from streamt1_jax.rewards.chat import Instruction, Kind, RewardTokenizer
 from streamt1_jax.rewards.loading import HEAD, network_of
-from streamt1_jax.rewards.model_settings import HPSV3, MODELS, RESERVED, ModelSettings
+from streamt1_jax.rewards.model_settings import DIMENSIONS, HPSV3, MODELS, RESERVED, ModelSettings
 from streamt1_jax.rewards.published import FORMAT, WEIGHTS, is_rewards
-from streamt1_jax.rewards.qwen2vl import parameter_shapes
+from streamt1_jax.rewards.qwen2vl import is_linear, parameter_shapes
 
 HPSV3_PIXELS = 200704  # HPSv3 shows every frame at this area: its processor's lower and upper bound
 VIDEOREWARD_MIN_PIXELS = 100352  # its upper bound is in model_config.json
@@ -113,7 +113,7 @@ def prepare_hpsv3(sources: RewardSources, text: str) -> Prepared:
     folder = sources.locate("hpsv3", ("*.safetensors*",))
     base = sources.locate("base_image", _WORDS)
     one = folder.path / HPSV3_FILE
-    source = as_published(SafetensorsSource(one) if one.is_file() else open_folder(folder.path))
+    source = as_published(SafetensorsSource(one) if one.is_file() else _open_weights(folder.path))
     tokenizer = tokenizer_with(RESERVED[HPSV3], base.path)
     patches = patches_of(base.path, "pil", HPSV3_PIXELS, HPSV3_PIXELS)
     settings = ModelSettings(HPSV3, _instruction(HPSV3, "image", text, base.path), patches, _hpsv3_widths(source))
@@ -140,10 +140,10 @@ def prepare_videoreward(sources: RewardSources, text: str) -> Prepared:
         "videoreward",
         _instruction("videoreward", "video", text, base.path),
         patches_of(base.path, "torchvision", VIDEOREWARD_MIN_PIXELS, published["data_config"]["max_frame_pixels"]),
-        (published["model_config"]["output_dim"],),
+        _output_dim(published, source),
         video_config_of(published),
     )
-    origin = {"weights": folder.origin | {"checkpoint": checkpoint.name}, "base": base.origin}
+    origin: dict[str, Any] = {"weights": folder.origin | {"checkpoint": checkpoint.name}, "base": base.origin}
     origin["lora"] = {"merged": lora is not None, "ranks": source.ranks if isinstance(source, LoRASource) else []}
     return _prepared(settings, base.path, tokenizer, source, origin)
 
@@ -188,7 +188,8 @@ def _write(folder: Path, one: Prepared, dtype: str, bar: tqdm) -> dict[str, Any]
     in_float32 = {name for name in shapes if one.settings.name == HPSV3 and name.startswith(HEAD)}
     types = {name: "F32" if name in in_float32 or dtype == "float32" else "BF16" for name in shapes}
     size = write_safetensors(folder / WEIGHTS, shapes, types, tensors_of(one, dtype), bar)
-    return {"bytes": size, "parameters": one.plan.size, "dtype": dtype, "origin": one.origin}
+    linear = sum(math.prod(shape) for name, shape in shapes.items() if is_linear(name, shape))
+    return {"bytes": size, "parameters": one.plan.size, "linear": linear, "dtype": dtype, "origin": one.origin}
 
 
 def _adapter(checkpoint: Path, base: Path, tokenizer: str) -> tuple[Source, Source]:
@@ -204,8 +205,26 @@ def _adapter(checkpoint: Path, base: Path, tokenizer: str) -> tuple[Source, Sour
             f"{0 if lora is None else len(lora.shapes)} LoRA halves, expected halves alone, and none in "
             "non_lora_state_dict.pth; download it again"
         )
-    shrunk = ShrunkSource(OverlaidSource(trained, as_published(open_folder(base))), rows)
+    shrunk = ShrunkSource(OverlaidSource(trained, as_published(_open_weights(base))), rows)
     return shrunk, lora
+
+
+def _open_weights(folder: Path) -> Source:
+    """A folder's weights: safetensors, or the PyTorch file that transformers wrote before them."""
+    older = folder / "pytorch_model.bin"
+    return TorchSource(older) if older.is_file() and not any(folder.glob("*.safetensors*")) else open_folder(folder)
+
+
+def _output_dim(published: Mapping[str, Any], source: Source) -> tuple[int]:
+    """The head's outputs, by its weight."""
+    found = source.shapes.get(f"{HEAD}weight", (0,))[0]
+    stated = published.get("model_config", {}).get("output_dim", found)
+    if found not in (1, len(DIMENSIONS)) or found != stated:
+        raise WeightsError(
+            f"VideoReward: the head has {found} outputs and model_config.json says {stated}, expected 1 or "
+            f"{len(DIMENSIONS)} in both; download both again"
+        )
+    return (found,)
 
 
 def _instruction(model: str, kind: Kind, text: str, base: Path) -> Instruction:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamt1_jax.cli_bench import add_bench, add_doctor
+from streamt1_jax.cli_score import add_score, reward_overrides
 from streamt1_jax.cli_train import add_train_mini
 from streamt1_jax.config import RunConfig
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, StreamT1Error
@@ -33,6 +34,7 @@ from streamt1_jax.settings import Settings, chunks_of, load_settings
 
 if TYPE_CHECKING:
     from streamt1_jax import ChunkResult, Output, StreamT1Pipeline
+    from streamt1_jax.rewards import PublishedRewards
 
 INTERRUPTED = 130
 FAILED = 1
@@ -95,9 +97,10 @@ def _build_parser(*, convert: bool) -> argparse.ArgumentParser:
             commands.add_parser("convert", help="convert PyTorch checkpoints")
     add_bench(commands)
     add_doctor(commands)
+    add_score(commands)
     add_train_mini(commands)
     parity = commands.add_parser("parity", help="replay a recorded PyTorch run and compare")
-    parity.add_argument("case", help="CASE.safetensors, with CASE.json beside it")
+    parity.add_argument("case", help="CASE.safetensors, with CASE.json beside it, or a folder of the reward models")
     parity.set_defaults(run=_run_parity)
     return parser
 
@@ -130,7 +133,12 @@ def _add_generate(commands: Any) -> None:
     add("--seed", help="0 to 4294967295 (default: 42)")
     add("--height", help="pixels, a multiple of 16 (default: as the weights were trained)")
     add("--width", help="pixels, a multiple of 16 (default: as the weights were trained)")
-    add("--rewards", metavar="SHORT[,LONG]", help="the two rewards by name (default: native)")
+    add(
+        "--rewards",
+        metavar="DIR|SHORT[,LONG]",
+        help="a folder of converted rewards (HPSv3 and VideoReward), or the two rewards by name (default: native)",
+    )
+    add("--reward-device", metavar="DEVICE", help="of torch rewards: cuda:1, cuda:0, cpu (default: the first GPU)")
     add("--strict", action="store_true", help="refuse a prompt that is too long instead of cutting it")
     add("--allow-cpu", action="store_true", help="run a full-size model without a GPU (very slow)")
     add("--devices", type=int, default=1, metavar="N", help="devices of this machine that share the candidates")
@@ -143,7 +151,7 @@ def _add_generate(commands: Any) -> None:
 
 def _overrides(args: argparse.Namespace) -> list[str]:
     """The flags as further `--set` texts, so that one parser reads them all."""
-    texts = list(args.set)
+    texts = [*reward_overrides(args.rewards, args.reward_device, args.set)]
     if args.frames is not None:
         texts.append("generate.seconds=none")  # of the config file
     if args.seconds is not None:
@@ -152,9 +160,6 @@ def _overrides(args: argparse.Namespace) -> list[str]:
         value = getattr(args, key)
         if value is not None:
             texts.append(f"generate.{key}={value}")
-    if args.rewards is not None:
-        short, _, long = args.rewards.partition(",")
-        texts += [f"rewards.short={short}", f"rewards.long={long or short}"]
     return [*texts, "generate.strict=true"] if args.strict else texts
 
 
@@ -166,16 +171,22 @@ def _run_generate(args: argparse.Namespace) -> int:
 
     from streamt1_jax import StreamT1Pipeline
     from streamt1_jax.compile_cache import enable_compilation_cache
+    from streamt1_jax.rewards.choice import check_choice, make_rewards
 
-    _check_rewards(settings)
+    published = check_choice(settings.rewards)
+    if published is not None:
+        _plan_memory(args, settings, published)
     enable_compilation_cache()
     jobs = _of_this_host(args, jobs)
     with _memory_advice(settings.run):
         pipe = StreamT1Pipeline.from_pretrained(args.checkpoint, allow_cpu=args.allow_cpu, devices=args.devices)
         pipe.encode([job.prompt for job in jobs], strict=settings.generate.strict)  # the text encoder is loaded once
+        rewards = (settings.rewards.short, settings.rewards.long)
+        if published is not None or settings.rewards.device is not None:
+            rewards = make_rewards(settings.rewards, pipe.prompts, published)
         for number, job in enumerate(jobs, start=1):
             label = f"{number}/{len(jobs)}" if args.prompts_file else job.paths.video.name
-            out = _generate(pipe, job.prompt, settings, label, forced=args.progress)
+            out = _generate(pipe, job.prompt, settings, rewards, label, forced=args.progress)
             save_result(out, job.paths, overwrite=args.overwrite)
             print(f"video   {job.paths.video}\nrecord  {job.paths.record}\ntree    {job.paths.tree}")
             print(f"weights {out.info['weights']['summary']}", flush=True)
@@ -206,15 +217,30 @@ def _of_this_host(args: argparse.Namespace, jobs: list["_Job"]) -> list["_Job"]:
     return jobs[jax.process_index() :: jax.process_count()]
 
 
-def _check_rewards(settings: Settings) -> None:
-    """Refuses names that mean nothing. A user's own reward may be a big model, so the pipeline makes it, once."""
-    from streamt1_jax.rewards import PromptTable, resolve
+def _plan_memory(args: argparse.Namespace, settings: Settings, published: "PublishedRewards") -> None:
+    """On a GPU that the reward models share: leaves them room, and says before anything is loaded if the run does not
+    fit into the rest."""
+    from streamt1_jax.rewards.choice import published_names
+    from streamt1_jax.rewards.placement import needed_bytes, refuse_overfull, share_gpu, torch_device
 
-    names = settings.rewards
-    if ":" not in names.short:
-        resolve(names.short, "short", PromptTable())
-    if ":" not in names.long:
-        resolve(names.long, "long", PromptTable())
+    device = torch_device(settings.rewards.device)
+    sizes = {name: published.weight_bytes(name) for name in published_names(settings.rewards)}
+    needed = needed_bytes(sizes, published.batch_bytes)
+    share_gpu(needed, device)  # before JAX starts
+
+    import jax
+
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if device.type == "cpu" or limit is None:
+        return
+    from streamt1_jax.checkpoint import open_checkpoint
+    from streamt1_jax.config import ModelConfig
+    from streamt1_jax.memory import memory_plan
+    from streamt1_jax.weights import default_dtype
+
+    model = ModelConfig.mini() if args.checkpoint == "mini" else open_checkpoint(args.checkpoint).config
+    size = (settings.generate.height or model.height, settings.generate.width or model.width)
+    refuse_overfull(memory_plan(model, settings.run, *size, default_dtype()).peak, limit, needed)
 
 
 @dataclass(frozen=True)
@@ -242,7 +268,9 @@ def _plan_jobs(args: argparse.Namespace) -> list[_Job]:
     ]
 
 
-def _generate(pipe: "StreamT1Pipeline", prompt: str, settings: Settings, label: str, *, forced: bool) -> "Output":
+def _generate(
+    pipe: "StreamT1Pipeline", prompt: str, settings: Settings, rewards: Any, label: str, *, forced: bool
+) -> "Output":
     """One call of the pipeline under a progress bar over its chunks."""
     from tqdm import tqdm
 
@@ -263,7 +291,7 @@ def _generate(pipe: "StreamT1Pipeline", prompt: str, settings: Settings, label: 
             height=asked.height,
             width=asked.width,
             config=run,
-            rewards=(settings.rewards.short, settings.rewards.long),
+            rewards=rewards,
             strict=asked.strict,
             on_chunk=show,
         )

@@ -298,7 +298,11 @@ class StreamT1Pipeline:
         request.search.long.raise_if_failed()
         trace = dataclasses.replace(trace, final_scores=tuple(scores))
         latents = beam_latents(trace, records, trace.winner)
-        return Output(videos[trace.winner], latents, trace, FPS, self._info(request, trace, latents, started))
+        info = self._info(request, trace, latents, started)
+        long = request.search.long
+        if long.explain is not None:  # what the score was made of, with the frames and the rate that it depends on
+            info["final_reward"] = long.explain(videos[trace.winner], request.prompt, float(FPS))
+        return Output(videos[trace.winner], latents, trace, FPS, info)
 
     def _info(self, request: _Request, trace: Trace, latents: np.ndarray, started: float) -> dict[str, Any]:
         search = request.search
@@ -310,6 +314,9 @@ class StreamT1Pipeline:
             "config": dataclasses.asdict(request.config),
             "grid": dict(zip(("beams", "candidates_per_beam"), request.config.search.grid, strict=True)),  # as run
             "rewards": {"short": search.short.name, "long": search.long.name},
+            "reward_models": {
+                reward.name: dict(reward.about) for reward in (search.short, search.long) if reward.about
+            },
             "size": {"height": search.generator.frame_shape[0], "width": search.generator.frame_shape[1]},
             "latent_frames": len(latents),
             "fps": FPS,

@@ -1,6 +1,7 @@
 """A reward model from its files: structure first, without memory, then one tensor after the other onto the device."""
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,11 @@ def _tensors(path: Path, device: torch.device, precision: str, *, keep_head: boo
 def _quantised(network: RewardNetwork) -> RewardNetwork:
     """Linear layers of the body with eight-bit weights, a scale for each output; activations stay bfloat16."""
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        torchao = importlib.import_module("torchao.quantization")
     except ImportError as error:
         raise BadInputError(
-            "rewards.precision is int8, which needs torchao; pip install torchao, or choose bfloat16"
+            "rewards.precision is int8, and torchao is not installed; pip install 'streamt1-jax[int8]', or choose "
+            "bfloat16"
         ) from error
-    quantize_(network.model, Int8WeightOnlyConfig())
+    torchao.quantize_(network.model, torchao.Int8WeightOnlyConfig())
     return network

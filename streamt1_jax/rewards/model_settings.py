@@ -59,8 +59,11 @@ class ModelSettings:
         """
         try:
             parts = {"instruction": Instruction, "patches": PatchConfig, "video": VideoRewardConfig}
-            made = {key: _build(parts[key], x) if key in parts and x is not None else x for key, x in values.items()}
-            return cls(**made | {"head": tuple(values["head"])})
+            made: dict[str, Any] = {"head": tuple(values["head"])}
+            for key in values.keys() - made.keys():
+                given = values[key]
+                made[key] = _build(parts[key], given) if key in parts and given is not None else given
+            return cls(**made)
         except (TypeError, KeyError) as error:
             raise WeightsError(
                 f"settings.json of a reward: {error}, expected those of this version; convert the rewards again"

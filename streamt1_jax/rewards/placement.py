@@ -4,6 +4,7 @@ JAX takes a fixed part of every GPU when it starts (three quarters by default), 
 So the part is worked out before JAX starts, from the memory plan of the run and the sizes of the reward models.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -70,36 +71,49 @@ def check_fit(sizes: Mapping[str, float], batch_bytes: float, device: "torch.dev
         )
 
 
-def jax_fraction(total: float, jax_bytes: float, torch_bytes: float) -> float:
-    """The part of a GPU that JAX may take, so that torch has room.
-
-    Args:
-        total: bytes of the GPU.
-        jax_bytes: the peak of JAX's own plan.
-        torch_bytes: `needed_bytes`.
+def jax_fraction(total: float, torch_bytes: float) -> float:
+    """The part of a GPU of `total` bytes that JAX may take, so that torch has room; rounded down to a hundredth.
 
     Raises:
-        OutOfMemoryError: the two do not fit together.
+        OutOfMemoryError: torch alone needs more.
     """
-    if jax_bytes + torch_bytes > total:
+    fraction = math.floor((total - torch_bytes) / total * 100) / 100
+    if fraction <= 0:
         raise OutOfMemoryError(
-            f"the run needs {jax_bytes / GIGABYTE:.1f} GB and its reward models {torch_bytes / GIGABYTE:.1f} GB of a "
-            f"device of {total / GIGABYTE:.1f} GB; put the rewards elsewhere with --reward-device (cuda:1, cpu), lower "
-            "search.candidates_per_beam or search.beams, or set rewards.precision=int8"
+            f"the reward models need {torch_bytes / GIGABYTE:.1f} GB of a device of {total / GIGABYTE:.1f} GB; put "
+            "them elsewhere with --reward-device, or set rewards.precision=int8 or a lower rewards.batch_gb"
         )
-    return int((total - torch_bytes) / total * 100) / 100
+    return fraction
 
 
-def share_gpu(jax_bytes: float, torch_bytes: float, device: "torch.device") -> None:
+def share_gpu(torch_bytes: float, device: "torch.device") -> None:
     """Sets the part of the GPUs that JAX takes, where the user has not; call it before JAX starts.
 
     Raises:
-        OutOfMemoryError: the run and its rewards do not fit on the device together.
+        OutOfMemoryError: the rewards do not fit on the device.
     """
     if device.type != "cuda":
         return
     import torch
 
     _, total = torch.cuda.mem_get_info(device)
-    shared = jax_bytes if (device.index or 0) == 0 else 0.0  # JAX computes on the first
-    os.environ.setdefault(FRACTION, f"{jax_fraction(total, shared, torch_bytes):.2f}")
+    os.environ.setdefault(FRACTION, f"{jax_fraction(total, torch_bytes):.2f}")
+
+
+def refuse_overfull(jax_bytes: float, limit: float, torch_bytes: float) -> None:
+    """Refuses a run that does not fit into what JAX may take beside the reward models.
+
+    Args:
+        jax_bytes: the peak of the run's memory plan, without the rewards.
+        limit: what JAX may take of the device.
+        torch_bytes: what the rewards take of it.
+
+    Raises:
+        OutOfMemoryError: with all three numbers and what to lower.
+    """
+    if jax_bytes > limit:
+        raise OutOfMemoryError(
+            f"the run needs {jax_bytes / GIGABYTE:.1f} GB, and beside {torch_bytes / GIGABYTE:.1f} GB of reward models "
+            f"JAX may take {limit / GIGABYTE:.1f} GB; put the rewards elsewhere with --reward-device (cuda:1, cpu), "
+            "lower search.candidates_per_beam or search.beams, or set rewards.precision=int8"
+        )

@@ -16,6 +16,7 @@ from streamt1_jax.rewards.base import PromptTable, Reward
 from streamt1_jax.rewards.bridge import host_reward
 from streamt1_jax.rewards.model_settings import MODELS, ModelSettings
 from streamt1_jax.rewards.placement import check_fit, torch_device
+from streamt1_jax.settings import REWARD_PRECISIONS
 
 if TYPE_CHECKING:
     from streamt1_jax.rewards.hpsv3 import HPSv3
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 FORMAT = Format("streamt1-rewards", 1, "converted rewards", "streamt1 convert rewards --out {out}")
 WEIGHTS = "weights.safetensors"
-PRECISIONS = ("stored", "bfloat16", "float32", "int8")
 FPS = 16.0  # of every video made here
 
 
@@ -56,8 +56,8 @@ class PublishedRewards:
     def __post_init__(self):
         self.folder = Path(self.folder)
         self.manifest = read_manifest(self.folder, FORMAT)
-        if self.precision not in PRECISIONS:
-            raise BadInputError(f"rewards.precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if self.precision not in REWARD_PRECISIONS:
+            raise BadInputError(f"precision is {self.precision!r}, expected one of {', '.join(REWARD_PRECISIONS)}")
 
     def weight_bytes(self, name: str) -> float:
         """What a model's weights take in memory.
@@ -71,8 +71,11 @@ class PublishedRewards:
                 f"streamt1 convert rewards --out {self.folder} --overwrite"
             )
         stored = self.manifest["models"][name]
-        per_number = {"stored": None, "bfloat16": 2, "float32": 4, "int8": 1}[self.precision]
-        return stored["bytes"] if per_number is None else stored["parameters"] * per_number
+        if self.precision == "stored":
+            return stored["bytes"]
+        # Eight bits are for linear layers; the rest stays at sixteen.
+        half = 2 * stored["parameters"]
+        return {"bfloat16": half, "float32": 2 * half, "int8": half - stored["linear"]}[self.precision]
 
     def check_fit(self, names: tuple[str, ...]) -> None:
         """Refuses, before anything is loaded, models that the device has no room for.

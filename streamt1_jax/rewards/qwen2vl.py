@@ -9,8 +9,8 @@
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
 
 from streamt1_jax.errors import WeightsError
 from streamt1_jax.rewards.frames import Grid
+from streamt1_jax.rewards.model_settings import HPSV3, VIDEOREWARD
 
 M = TypeVar("M", bound=nn.Module)
+Config: TypeAlias = Any  # a Qwen2VLConfig, whose parts its own annotations do not tell from plain dicts
 
 
 class FrameAttention(qwen.VisionAttention):
@@ -33,8 +35,10 @@ class FrameAttention(qwen.VisionAttention):
         hidden_states: Float[Tensor, "s d"],
         cu_seqlens: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **_: Any,
+        max_seqlen: int | None = None,
+        **kwargs: Any,
     ) -> Float[Tensor, "s d"]:
+        del max_seqlen, kwargs  # of other attention kernels
         frames = len(cu_seqlens) - 1
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         assert position_embeddings is not None
@@ -61,7 +65,7 @@ class RewardNetwork(nn.Module):
         pad_id: the token that a clip's features take the place of.
     """
 
-    def __init__(self, config: Qwen2VLConfig, head: nn.Module, pad_id: int):
+    def __init__(self, config: Config, head: nn.Module, pad_id: int):
         super().__init__()
         self.config, self.pad_id = config, pad_id
         self.model = qwen.Qwen2VLModel(config)
@@ -103,7 +107,7 @@ class RewardNetwork(nn.Module):
         return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def reward_config(values: Mapping[str, Any], vocab_size: int) -> Qwen2VLConfig:
+def reward_config(values: Mapping[str, Any], vocab_size: int) -> Config:
     """A published `config.json`, flat as on the hub or nested, for this tokenizer.
 
     Raises:
@@ -114,14 +118,32 @@ def reward_config(values: Mapping[str, Any], vocab_size: int) -> Qwen2VLConfig:
             f"the base's config.json is of {values.get('model_type')!r}, expected 'qwen2_vl'; give the Qwen2-VL that "
             "the reward was trained on"
         )
-    config = Qwen2VLConfig.from_dict(copy.deepcopy(dict(values)))
+    config: Config = Qwen2VLConfig.from_dict(copy.deepcopy(dict(values)))
     config.text_config.vocab_size = vocab_size
     config.text_config.pad_token_id = None  # the published one lies past some tokenizers' end
     config._attn_implementation = "sdpa"
     return config
 
 
-def empty_network(config: Qwen2VLConfig, head: Callable[[int], nn.Module], pad_id: int) -> RewardNetwork:
+def published_sizes(name: str) -> dict[str, Any]:
+    """The `config.json` of the base of a published reward, as far as sizes go: to plan memory and to measure."""
+    hidden, middle, heads, groups = {HPSV3: (3584, 18944, 28, 4), VIDEOREWARD: (1536, 8960, 12, 2)}[name]
+    return {
+        "model_type": "qwen2_vl",
+        "hidden_size": hidden,
+        "intermediate_size": middle,
+        "num_hidden_layers": 28,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_window_layers": 28,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": hidden},
+    }
+
+
+def empty_network(config: Config, head: Callable[[int], nn.Module], pad_id: int) -> RewardNetwork:
     """The network without memory for its parameters; its few constants are real.
 
     Args:
@@ -144,6 +166,11 @@ def empty_network(config: Qwen2VLConfig, head: Callable[[int], nn.Module], pad_i
 def parameter_shapes(network: nn.Module) -> dict[str, Tensor]:
     """Every parameter by name; those of `empty_network` are shapes alone."""
     return dict(network.named_parameters())
+
+
+def is_linear(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is the weight of a linear layer of the body: what eight bits change."""
+    return name.startswith("model.") and len(shape) == 2 and not name.endswith("embed_tokens.weight")
 
 
 def fill(network: M, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> M:
