@@ -4,6 +4,7 @@ Nothing is hard-coded that a file says: sizes, tokens, texts, rates, means. Weig
 before any is read, a LoRA is merged in float32 as tensors pass, and one tensor is in memory at a time.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing

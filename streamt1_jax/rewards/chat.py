@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int64
 
-from streamt1_jax.errors import RewardError, WeightsError
+from streamt1_jax.errors import WeightsError
 
 Kind = Literal["image", "video"]
 
@@ -104,14 +104,10 @@ class RewardTokenizer:
         self.pad_id = self._id(f"<|{instruction.kind}_pad|>")
         self._outline = self._specials(_STAND_IN)
         self.ids = functools.lru_cache(_REMEMBERED)(self._tokenize)
-        self._check(self.ids("a prompt"), WeightsError)
+        self.ids("a prompt")  # so that a text that can serve no prompt is refused here
 
     def __call__(self, prompt: str, visual_tokens: int) -> Int64[np.ndarray, "L"]:
-        """The ids of one row: the clip's place is filled with `visual_tokens` pads.
-
-        Raises:
-            RewardError: the prompt changed what the text around it means.
-        """
+        """The ids of one row: the clip's place is filled with `visual_tokens` pads."""
         ids = self.ids(prompt)
         (place,) = np.flatnonzero(ids == self.pad_id)
         return np.concatenate([ids[:place], np.full(visual_tokens, self.pad_id, np.int64), ids[place + 1 :]])
@@ -128,7 +124,7 @@ class RewardTokenizer:
         else:
             ids = self._tokenize_literally(prompt)
         found = np.array(ids, np.int64)
-        self._check(found, RewardError)
+        self._check(found)
         return found
 
     def _tokenize_literally(self, prompt: str) -> list[int]:
@@ -167,14 +163,14 @@ class RewardTokenizer:
             )
         return found
 
-    def _check(self, ids: Int64[np.ndarray, "l"], error: type[Exception]) -> None:
+    def _check(self, ids: Int64[np.ndarray, "l"]) -> None:
         """Exactly one place for the clip and one for each reserved token, these in order."""
         wanted: Sequence[int] = (self.pad_id, *self.reserved_ids)
         places = [np.flatnonzero(ids == index) for index in wanted]
         if [len(place) for place in places] != [1] * len(wanted) or np.any(np.diff(np.concatenate(places)) <= 0):
             names = (f"<|{self.instruction.kind}_pad|>", *self.instruction.reserved)
             counts = dict(zip(names, map(len, places), strict=True))
-            raise error(
+            raise WeightsError(
                 f"the instruction text holds {counts}, expected each once and in this order; give the text that these "
                 "weights were trained with"
             )

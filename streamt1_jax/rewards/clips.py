@@ -18,7 +18,7 @@ from streamt1_jax.rewards.frames import Grid, PatchConfig, grid_of
 from streamt1_jax.rewards.patches import normalise, patchify, resize
 from streamt1_jax.rewards.qwen2vl import RewardNetwork, pad_rows
 
-Clip = UInt8[np.ndarray, "t H W 3"]
+Clip = UInt8[np.ndarray, "_ _ _ 3"]  # frames of any size; those of one batch may differ
 
 
 class Seen(NamedTuple):

@@ -31,7 +31,7 @@ class HPSv3:
 
     @torch.inference_mode()
     def rate(
-        self, videos: Sequence[UInt8[np.ndarray, "_ H W 3"]], prompts: Sequence[str]
+        self, videos: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], prompts: Sequence[str]
     ) -> list[Float32[np.ndarray, "_ 2"]]:
         """(mu, sigma) of every frame of every video; sigma is the head's second number as it is."""
         frames = [frame[None] for video in videos for frame in video]

@@ -26,7 +26,7 @@ class VideoReward:
 
     @torch.inference_mode()
     def logits(
-        self, clips: Sequence[UInt8[np.ndarray, "_ H W 3"]], prompts: Sequence[str]
+        self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], prompts: Sequence[str]
     ) -> Float64[np.ndarray, "n 3"]:
         """VQ, MQ, TA of clips whose frames are already chosen.
 
