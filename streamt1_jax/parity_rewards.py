@@ -34,6 +34,13 @@ SCORE_TOLERANCE = 5e-5
 _FILES = ("templates.json", "prompts.json", "inputs.npz", "expected.npz", "expected.json")
 
 
+class _Arrays(dict[str, np.ndarray]):
+    """What a record lacks is the record's fault, not the program's."""
+
+    def __missing__(self, key: str) -> np.ndarray:
+        raise BadInputError(f"the case lacks {key!r}, expected a whole recorded case: copy the folder again")
+
+
 class _Case:
     """The files of a case beside its weights."""
 
@@ -54,9 +61,10 @@ class _Case:
             ) from error
         self.models = tuple(name for name in MODELS if (folder / name).is_dir())
 
-    def recorded(self, model: str) -> dict[str, np.ndarray]:
+    def recorded(self, model: str) -> "_Arrays":
         """The arrays of one model, without its name."""
-        return {key.removeprefix(f"{model}_"): x for key, x in self.arrays.items() if key.startswith(f"{model}_")}
+        arrays = ((key.removeprefix(f"{model}_"), x) for key, x in self.arrays.items() if key.startswith(f"{model}_"))
+        return _Arrays(arrays)
 
     def sources(self) -> Any:
         from convert.rewards import RewardSources
@@ -145,8 +153,10 @@ def _compare_words(name: str, case: _Case, reader: "ClipReader", batch: "Seen") 
     tokenizer = reader.tokenizer
     if "text" in notes:
         yield equal(f"{name} texts", [tokenizer.instruction.render(prompt) for prompt in case.prompts], notes["text"])
-    reserved = notes.get("reward_token_ids", {tokenizer.instruction.reserved[0]: notes.get("reward_token_id")})
     ours = dict(zip(tokenizer.instruction.reserved, tokenizer.reserved_ids, strict=True))
+    reserved = notes.get("reward_token_ids", ours)
+    if "reward_token_id" in notes:
+        reserved = {tokenizer.instruction.reserved[0]: notes["reward_token_id"]}
     yield equal(f"{name} reserved tokens", sorted(ours.items()), sorted(reserved.items()))
     yield equal(f"{name} tokenizer length", [tokenizer.length], [notes.get("tokenizer_length", tokenizer.length)])
     for i, prompt in enumerate(case.prompts):
@@ -157,7 +167,7 @@ def _compare_words(name: str, case: _Case, reader: "ClipReader", batch: "Seen") 
 def _compare_pixels(
     name: str,
     notes: Mapping[str, Any],
-    recorded: Mapping[str, np.ndarray],
+    recorded: _Arrays,
     reader: "ClipReader",
     clips: list[np.ndarray],
     batches: list["Seen"],

@@ -9,6 +9,7 @@
 import numpy as np
 import torch
 from jaxtyping import Float32, Int32, UInt8
+from PIL import Image
 from torch import Tensor
 
 from streamt1_jax.rewards.frames import PatchConfig, Resampler, grid_of
@@ -22,11 +23,23 @@ def resize(frames: UInt8[Tensor, "n 3 h w"], size: tuple[int, int], resampler: R
     if frames.shape[-2:] == size:
         return frames
     if resampler == "pil":
-        return resize_like_pil(frames, size)
+        return (resize_by_pil if frames.device.type == "cpu" else resize_like_pil)(frames, size)
     resized = torch.nn.functional.interpolate(
         frames.float().contiguous(), size, mode="bicubic", antialias=True, align_corners=False
     )
     return resized.clamp(0, 255).round().to(torch.uint8)
+
+
+def resize_by_pil(frames: UInt8[Tensor, "n 3 h w"], size: tuple[int, int]) -> UInt8[Tensor, "n 3 H W"]:
+    """PIL frame by frame, one pass at a time: faster on a CPU than the same arithmetic in torch."""
+    height, width = size
+
+    def one(frame: np.ndarray) -> np.ndarray:
+        wide = Image.fromarray(frame).resize((width, len(frame)), Image.Resampling.BICUBIC)
+        return np.asarray(wide.resize((width, height), Image.Resampling.BICUBIC))
+
+    resized = np.stack([one(np.ascontiguousarray(frame)) for frame in frames.permute(0, 2, 3, 1).numpy()])
+    return torch.from_numpy(resized).permute(0, 3, 1, 2)
 
 
 def resize_like_pil(frames: UInt8[Tensor, "n 3 h w"], size: tuple[int, int]) -> UInt8[Tensor, "n 3 H W"]:
