@@ -34,7 +34,6 @@ from streamt1_jax.settings import Settings, chunks_of, load_settings
 
 if TYPE_CHECKING:
     from streamt1_jax import ChunkResult, Output, StreamT1Pipeline
-    from streamt1_jax.rewards import PublishedRewards
 
 INTERRUPTED = 130
 FAILED = 1
@@ -171,11 +170,11 @@ def _run_generate(args: argparse.Namespace) -> int:
 
     from streamt1_jax import StreamT1Pipeline
     from streamt1_jax.compile_cache import enable_compilation_cache
-    from streamt1_jax.rewards.choice import check_choice, make_rewards
+    from streamt1_jax.rewards.choice import check_choice, leave_room, make_rewards
 
     published = check_choice(settings.rewards)
     if published is not None:
-        _plan_memory(args, settings, published)
+        leave_room(settings, args.checkpoint, published)
     enable_compilation_cache()
     jobs = _of_this_host(args, jobs)
     with _memory_advice(settings.run):
@@ -215,32 +214,6 @@ def _of_this_host(args: argparse.Namespace, jobs: list["_Job"]) -> list["_Job"]:
         args.coordinator, num_processes=args.hosts, process_id=args.host, shutdown_timeout_seconds=SHUTDOWN_SECONDS
     )
     return jobs[jax.process_index() :: jax.process_count()]
-
-
-def _plan_memory(args: argparse.Namespace, settings: Settings, published: "PublishedRewards") -> None:
-    """On a GPU that the reward models share: leaves them room, and says before anything is loaded if the run does not
-    fit into the rest."""
-    from streamt1_jax.rewards.choice import published_names
-    from streamt1_jax.rewards.placement import needed_bytes, refuse_overfull, share_gpu, torch_device
-
-    device = torch_device(settings.rewards.device)
-    sizes = {name: published.weight_bytes(name) for name in published_names(settings.rewards)}
-    needed = needed_bytes(sizes, published.batch_bytes)
-    share_gpu(needed, device)  # before JAX starts
-
-    import jax
-
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if device.type == "cpu" or limit is None:
-        return
-    from streamt1_jax.checkpoint import open_checkpoint
-    from streamt1_jax.config import ModelConfig
-    from streamt1_jax.memory import memory_plan
-    from streamt1_jax.weights import default_dtype
-
-    model = ModelConfig.mini() if args.checkpoint == "mini" else open_checkpoint(args.checkpoint).config
-    size = (settings.generate.height or model.height, settings.generate.width or model.width)
-    refuse_overfull(memory_plan(model, settings.run, *size, default_dtype()).peak, limit, needed)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The published rewards on the command line: `score`, `generate` with both tiny models, `doctor`; and a user's own."""
 
 import json
-import warnings
 from pathlib import Path
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_close
+from published import TINY, write_wan
 from reward_case import PROMPTS, cli_sources
 
 from streamt1_jax import cli
@@ -121,14 +121,13 @@ class TestScore:
 
 @pytest.mark.slow
 def test_generate_with_both_models(capsys, rewards, tmp_path):
-    """Two chunks of two candidates by the paper's search, judged by HPSv3 and VideoReward."""
-    size = ("--frames", 21, "--height", 16, "--width", 32, "--set", "search.candidates_per_beam=1")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", message="the size")
-        code = streamt1(
-            "generate", PROMPT, "--out", tmp_path / "a.mp4", *size, "--rewards", rewards, "--reward-device", "cpu"
-        )
-    assert code == 0, capsys.readouterr().err
+    """From published files to a video: two chunks of two candidates by the paper's search, judged by both models."""
+    size = ("--height", TINY.height, "--width", TINY.width)
+    wan, checkpoint = write_wan(tmp_path / "wan"), tmp_path / "checkpoint"
+    assert streamt1("convert", "wan", "--source", wan, "--out", checkpoint, "--dtype", "float32", *size) == 0
+    argv = ("generate", PROMPT, "--checkpoint", checkpoint, "--out", tmp_path / "a.mp4", "--frames", 21)
+    argv += ("--set", "search.candidates_per_beam=1", "--rewards", rewards, "--reward-device", "cpu")
+    assert streamt1(*argv) == 0, capsys.readouterr().err
     record = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert record["rewards"] == {"short": "hpsv3", "long": "videoreward"}
     assert record["reward_models"].keys() == {"hpsv3", "videoreward"}
@@ -204,8 +203,8 @@ class TestChoice:
             def memory_stats(self):
                 return {"bytes_limit": 1000.0}
 
-        monkeypatch.setattr("streamt1_jax.rewards.placement.torch_device", lambda name: torch.device("cuda:0"))
-        monkeypatch.setattr("streamt1_jax.rewards.placement.share_gpu", lambda *args: None)
+        monkeypatch.setattr("streamt1_jax.rewards.choice.torch_device", lambda name: torch.device("cuda:0"))
+        monkeypatch.setattr("streamt1_jax.rewards.choice.share_gpu", lambda *args: None)
         monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
         argv = ("generate", PROMPT, "--out", tmp_path / "a.mp4", "--rewards", rewards)
         line = error_of(capsys, *argv, code=OutOfMemoryError.exit_code)

@@ -2,11 +2,18 @@
 
 from pathlib import Path
 
+import jax
+
+from streamt1_jax.checkpoint import open_checkpoint
+from streamt1_jax.config import ModelConfig
+from streamt1_jax.memory import memory_plan
 from streamt1_jax.rewards.base import PromptTable, Reward
 from streamt1_jax.rewards.model_settings import MODELS
+from streamt1_jax.rewards.placement import needed_bytes, refuse_overfull, share_gpu, torch_device
 from streamt1_jax.rewards.published import PublishedRewards
 from streamt1_jax.rewards.registry import Role, resolve
-from streamt1_jax.settings import RewardsConfig
+from streamt1_jax.settings import RewardsConfig, Settings
+from streamt1_jax.weights import default_dtype
 
 
 def check_choice(config: RewardsConfig) -> PublishedRewards | None:
@@ -32,6 +39,27 @@ def check_choice(config: RewardsConfig) -> PublishedRewards | None:
         elif ":" not in spec:
             resolve(spec, role, PromptTable())
     return published
+
+
+def leave_room(settings: Settings, checkpoint: str, published: PublishedRewards) -> None:
+    """On GPUs, leaves the published models of a run their room; call it before JAX starts.
+
+    Args:
+        checkpoint: of the run: "mini" or a folder.
+
+    Raises:
+        OutOfMemoryError: the run does not fit into the rest, said before anything is loaded.
+    """
+    device = torch_device(settings.rewards.device)
+    sizes = {name: published.weight_bytes(name) for name in published_names(settings.rewards)}
+    needed = needed_bytes(sizes, published.batch_bytes)
+    share_gpu(needed, device)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # JAX starts here
+    if device.type == "cpu" or limit is None:
+        return
+    model = ModelConfig.mini() if checkpoint == "mini" else open_checkpoint(checkpoint).config
+    size = (settings.generate.height or model.height, settings.generate.width or model.width)
+    refuse_overfull(memory_plan(model, settings.run, *size, default_dtype()).peak, limit, needed)
 
 
 def make_rewards(
