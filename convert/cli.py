@@ -1,8 +1,10 @@
-"""`streamt1 convert wan|longlive|diffusers`: PyTorch checkpoints into a checkpoint folder."""
+"""`streamt1 convert wan|longlive|diffusers|rewards`: PyTorch checkpoints into a folder of ours."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from convert.reward_files import HUB
 from streamt1_jax.errors import BadInputError
 
 _REVISION = (
@@ -12,7 +14,7 @@ _REVISION = (
 
 
 def add_convert_parser(subparsers: Any) -> None:
-    """Adds `convert` and its three formats to the parser of the `streamt1` command."""
+    """Adds `convert` and its formats to the parser of the `streamt1` command."""
     parser = subparsers.add_parser("convert", help="convert PyTorch checkpoints")
     formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
 
@@ -45,6 +47,54 @@ def add_convert_parser(subparsers: Any) -> None:
     diffusers = formats.add_parser("diffusers", help="Wan2.1-T2V in the diffusers format")
     diffusers.add_argument("--source", required=True, metavar="DIR_OR_REPO", help="folder or hub repository")
     _add_common(diffusers)
+    _add_rewards(formats)
+
+
+def _add_rewards(formats: Any) -> None:
+    parser = formats.add_parser(
+        "rewards",
+        help="the reward models HPSv3 and VideoReward",
+        description="Without further options everything comes from the hub (about 22 GB) and the authors' packages.",
+    )
+    add = parser.add_argument
+    names = {"hpsv3": "HPSv3's weights", "videoreward": "VideoReward's checkpoint"}
+    names |= {
+        "base-image": "config, tokenizer and chat template of HPSv3's base model",
+        "base-video": "the same of VideoReward's, and its weights where the checkpoint is an adapter",
+    }
+    for name, what in names.items():
+        repo = HUB[name.replace("-", "_")]
+        add(f"--{name}", default=repo, metavar="DIR_OR_REPO", help=f"{what} (default: {repo})")
+        add(f"--{name}-revision", metavar="COMMIT", help=f"of the repository given with --{name} (default: main)")
+    add(
+        "--templates",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="the instruction texts: hpsv3's wheel, VideoAlign's checkout or prompt_template.py, or a JSON file "
+        "{model: text} (default: downloaded)",
+    )
+    add("--only", choices=("hpsv3", "videoreward"), help="convert one of the two")
+    add("--offline", action="store_true", help="take what was downloaded before, and nothing else")
+    add("--out", required=True, metavar="DIR", help="the folder to make")
+    add("--overwrite", action="store_true", help="replace an earlier conversion at --out")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the stored weights")
+
+
+def _run_rewards(args: argparse.Namespace) -> int:
+    from convert.rewards import RewardSources, convert_rewards
+    from streamt1_jax.atomic_folder import check_place
+    from streamt1_jax.rewards.model_settings import MODELS
+    from streamt1_jax.rewards.published import is_rewards
+
+    check_place(Path(args.out), overwrite=args.overwrite, is_ours=is_rewards)  # before a long download
+    given = {name: getattr(args, name) for name in HUB}
+    revisions = {name: commit for name in HUB if (commit := getattr(args, f"{name}_revision"))}
+    models = MODELS if args.only is None else (args.only,)
+    sources = RewardSources(**given, templates=args.templates, models=models, revisions=revisions, offline=args.offline)
+    convert_rewards(sources, args.out, dtype=args.dtype, overwrite=args.overwrite)
+    print(f"{args.out}: {' and '.join(models)} written; use it with --rewards {args.out}")
+    return 0
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +109,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Runs one conversion; returns the exit code. Errors are raised as in `streamt1_jax.errors`."""
+    if args.format == "rewards":
+        return _run_rewards(args)
     import jax
 
     from convert.recipes import Options, diffusers_recipe, longlive_recipe, run_recipe, wan_recipe

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from streamt1_jax.errors import BadInputError, WeightsError
 
@@ -42,11 +42,14 @@ class Located(NamedTuple):
         return self.origin["repo"].rpartition("/")[2] if "repo" in self.origin else self.path.absolute().name
 
 
-def locate_folder(source: str, revision: str | None, patterns: Sequence[str], example: str = WAN) -> Located:
+def locate_folder(
+    source: str, revision: str | None, patterns: Sequence[str], example: str = WAN, *, offline: bool = False
+) -> Located:
     """A folder given by its path, or the files of a hub repository that match `patterns`.
 
     Args:
         example: a repository that would do, for the message.
+        offline: look into the hub's cache alone.
 
     Raises:
         WeightsError: `source` is neither a folder nor the name of a repository, or the repository cannot be fetched
@@ -61,7 +64,7 @@ def locate_folder(source: str, revision: str | None, patterns: Sequence[str], ex
             f"{source!r} {what}, expected a folder or a hub repository. Check the path, give {example} to fetch it, or "
             f"download it: `{download_command(example)}`"
         )
-    return _fetch(source, revision, patterns)
+    return _fetch(source, revision, patterns, offline=offline)
 
 
 def locate_file(source: str, revision: str | None, files: dict[str, str]) -> Located:
@@ -115,7 +118,7 @@ def download_command(repo: str, files: Sequence[str] = (), folder: Path | None =
     return shlex.join(words)
 
 
-def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Located:
+def _fetch(repo: str, revision: str | None, patterns: Sequence[str], *, offline: bool = False) -> Located:
     if repo == LONGLIVE and revision in (None, "main"):
         raise BadInputError(
             f"{repo}: revision {revision or 'not given'}, expected a commit of LongLive 1.0: its main branch now holds "
@@ -125,7 +128,8 @@ def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Located:
     from huggingface_hub import snapshot_download
 
     try:
-        path = Path(snapshot_download(repo, revision=revision or "main", allow_patterns=list(patterns)))
+        options: dict[str, Any] = {"local_files_only": True} if offline else {}
+        path = Path(snapshot_download(repo, revision=revision or "main", allow_patterns=list(patterns), **options))
     except Exception as error:  # Of the hub, the network, its libraries and the disk: all end the same way here.
         name, first = type(error).__name__, " ".join(str(error).split())[:300]
         raise WeightsError(

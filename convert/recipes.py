@@ -40,9 +40,10 @@ from convert.sources import SafetensorsSource, ShardedSource, Source, open_folde
 from convert.torch_source import Select, TorchSource, select_flat, select_generator, select_lora
 from convert.umt5_table import transformers_umt5_rules, wan_umt5_rules
 from convert.vae_table import diffusers_vae_rules, wan_vae_rules
-from streamt1_jax.checkpoint import file_sha256, is_checkpoint, write_checkpoint
+from streamt1_jax.checkpoint import is_checkpoint, write_checkpoint
 from streamt1_jax.config import DiTConfig, ModelConfig
 from streamt1_jax.errors import WeightsError
+from streamt1_jax.manifest import file_sha256
 from streamt1_jax.networks import network_graph
 from streamt1_jax.text import Tokenizer
 

@@ -3,16 +3,14 @@
 - `config.json`, `tokenizer/`, `manifest.json` (size and sha256 of every file, where the weights came from) and
   `manifest.sha256` (of the manifest itself).
 - A network's parameters lie in `dit/`, `vae/` and `text/`, stored by `params_store.py`.
-- Orbax loads a flipped bit without a word: hence the hashes.
+- The manifest is that of `manifest.py`: Orbax loads a flipped bit without a word.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +20,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from streamt1_jax.atomic_folder import MARKER, atomic_folder, check_place
+from streamt1_jax.atomic_folder import atomic_folder, check_place
 from streamt1_jax.config import DiTConfig, ModelConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import WeightsError
+from streamt1_jax.manifest import (
+    Format,
+    is_of_format,
+    read_manifest,
+    refuse_changed,
+    write_manifest,
+    write_plain_json,
+)
 from streamt1_jax.networks import network_graph
 from streamt1_jax.params_store import ShardWriter, read_shards
 
-FORMAT, FORMAT_VERSION = "streamt1-checkpoint", 1
+FORMAT = Format(
+    name="streamt1-checkpoint",
+    version=1,
+    what="a converted checkpoint",
+    how_to="streamt1 convert longlive --base Wan-AI/Wan2.1-T2V-1.3B --generator gdhe17/Self-Forcing --out {out} "
+    "(downloads both; needs the extra streamt1-jax[torch])",
+)
 NETWORKS = ("dit", "vae", "text")
 
 
@@ -62,23 +74,10 @@ class CheckpointWriter:
     def finish(self, config: ModelConfig, origin: dict[str, Any]) -> None:
         """Writes the last parameters, the config and the manifest."""
         networks = {name: writer.finish() for name, writer in self._networks.items()}
-        _write_json(self._folder / "config.json", dataclasses.asdict(config))
-        files = [path for path in sorted(self._folder.rglob("*")) if path.is_file() and path.name != MARKER]
-        with ThreadPoolExecutor() as pool:
-            entries = {
-                path.relative_to(self._folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256}
-                for path, sha256 in zip(files, pool.map(file_sha256, files), strict=True)
-            }
-        manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "made_with": {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")},
-            "origin": origin,
-            "networks": networks,
-            "files": entries,
-        }
-        _write_json(self._folder / "manifest.json", manifest)
-        (self._folder / "manifest.sha256").write_bytes(_seal(file_sha256(self._folder / "manifest.json")))
+        write_plain_json(self._folder / "config.json", dataclasses.asdict(config))
+        made_with = {name: version(name) for name in ("jax", "flax", "orbax-checkpoint")}
+        fields = {"made_with": made_with, "origin": origin, "networks": networks}
+        write_manifest(self._folder, FORMAT, fields)
 
 
 @contextlib.contextmanager
@@ -116,25 +115,7 @@ def check_output(out: Path | str, *, overwrite: bool = False) -> None:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a converted checkpoint by its manifest; nothing is verified."""
-    try:
-        return json.loads((folder / "manifest.json").read_text())["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _seal(sha256: str) -> bytes:
-    """What `manifest.sha256` holds, to the byte: it is compared as it is."""
-    return f"{sha256}\n".encode()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    return is_of_format(folder, FORMAT)
 
 
 @dataclass(frozen=True)
@@ -157,8 +138,8 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         WeightsError: there is no checkpoint (with the command that makes one), or it is of another version.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    _refuse_changed(folder, {"config.json": manifest["files"]["config.json"]})
+    manifest = read_manifest(folder, FORMAT)
+    refuse_changed(folder, {"config.json": manifest["files"]["config.json"]})
     return Checkpoint(folder, _read_config(folder), manifest)
 
 
@@ -169,63 +150,14 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
         WeightsError: as `open_checkpoint`; or files are missing or changed, one error lists them all.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    _refuse_changed(folder, manifest["files"])
+    manifest = read_manifest(folder, FORMAT)
+    refuse_changed(folder, manifest["files"])
     return Checkpoint(folder, _read_config(folder), manifest)
 
 
 def verify(checkpoint: Checkpoint) -> None:
     """What `load_checkpoint` checks, of an opened checkpoint."""
-    _refuse_changed(checkpoint.dir, checkpoint.manifest["files"])
-
-
-def _refuse_changed(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run.
-        found = pool.map(lambda item: _file_problem(folder, *item), files.items())
-        problems = [problem for problem in found if problem]
-    if problems:
-        raise WeightsError(
-            f"{folder}: {len(problems)} files are not as they were written: {'; '.join(problems)}. Convert the weights "
-            "again, or copy the folder again."
-        )
-
-
-def _how_to(out: Path) -> str:
-    return (
-        "streamt1 convert longlive --base Wan-AI/Wan2.1-T2V-1.3B --generator gdhe17/Self-Forcing "
-        f"--out {out} (downloads both; needs the extra streamt1-jax[torch])"
-    )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.exists():
-        raise WeightsError(f"{folder}: no such folder, expected a converted checkpoint. Make one: {_how_to(folder)}")
-    if not (folder / "manifest.json").is_file():
-        raise WeightsError(
-            f"{folder}: has no manifest.json, expected a converted checkpoint. "
-            f"Convert PyTorch weights into a new folder first: {_how_to(folder.with_name(folder.name + '-jax'))}"
-        )
-    path, seal = folder / "manifest.json", folder / "manifest.sha256"
-    found = file_sha256(path)
-    expected = seal.read_bytes() if seal.is_file() else b"nothing: it is missing"
-    if expected != _seal(found):
-        raise WeightsError(f"{path}: sha256 is {found}, {seal.name} says {expected!r}. Convert the weights again.")
-    manifest = json.loads(path.read_text())
-    came = (manifest.get("format"), manifest.get("version"))
-    if came != (FORMAT, FORMAT_VERSION):
-        raise WeightsError(f"{path}: is {came}, expected {(FORMAT, FORMAT_VERSION)}. Convert the weights again.")
-    return manifest
-
-
-def _file_problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
-    path = folder / name
-    if not path.is_file():
-        return f"{name} is missing"
-    size = path.stat().st_size
-    if size != entry["size"]:
-        return f"{name} has {size} bytes, expected {entry['size']}"
-    sha256 = file_sha256(path)
-    return None if sha256 == entry["sha256"] else f"{name} has sha256 {sha256}, expected {entry['sha256']}"
+    refuse_changed(checkpoint.dir, checkpoint.manifest["files"])
 
 
 def _read_config(folder: Path) -> ModelConfig:

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamt1_jax.cli_bench import add_bench, add_doctor, reward_overrides
+from streamt1_jax.cli_bench import add_bench, add_doctor
+from streamt1_jax.cli_score import add_score, reward_overrides
 from streamt1_jax.cli_train import add_train_mini
 from streamt1_jax.config import RunConfig
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, StreamT1Error
@@ -95,9 +96,10 @@ def _build_parser(*, convert: bool) -> argparse.ArgumentParser:
             commands.add_parser("convert", help="convert PyTorch checkpoints")
     add_bench(commands)
     add_doctor(commands)
+    add_score(commands)
     add_train_mini(commands)
     parity = commands.add_parser("parity", help="replay a recorded PyTorch run and compare")
-    parity.add_argument("case", help="CASE.safetensors, with CASE.json beside it")
+    parity.add_argument("case", help="CASE.safetensors, with CASE.json beside it, or a folder of the reward models")
     parity.set_defaults(run=_run_parity)
     return parser
 
@@ -130,7 +132,12 @@ def _add_generate(commands: Any) -> None:
     add("--seed", help="0 to 4294967295 (default: 42)")
     add("--height", help="pixels, a multiple of 16 (default: as the weights were trained)")
     add("--width", help="pixels, a multiple of 16 (default: as the weights were trained)")
-    add("--rewards", metavar="SHORT[,LONG]", help="the two rewards by name (default: native)")
+    add(
+        "--rewards",
+        metavar="DIR|SHORT[,LONG]",
+        help="a folder of converted rewards (HPSv3 and VideoReward), or the two rewards by name (default: native)",
+    )
+    add("--reward-device", metavar="DEVICE", help="of torch rewards: cuda:1, cuda:0, cpu (default: the first GPU)")
     add("--strict", action="store_true", help="refuse a prompt that is too long instead of cutting it")
     add("--allow-cpu", action="store_true", help="run a full-size model without a GPU (very slow)")
     add("--devices", type=int, default=1, metavar="N", help="devices of this machine that share the candidates")
@@ -143,7 +150,7 @@ def _add_generate(commands: Any) -> None:
 
 def _overrides(args: argparse.Namespace) -> list[str]:
     """The flags as further `--set` texts, so that one parser reads them all."""
-    texts = list(args.set)
+    texts = [*reward_overrides(args.rewards, args.reward_device, args.set)]
     if args.frames is not None:
         texts.append("generate.seconds=none")  # of the config file
     if args.seconds is not None:
@@ -152,7 +159,6 @@ def _overrides(args: argparse.Namespace) -> list[str]:
         value = getattr(args, key)
         if value is not None:
             texts.append(f"generate.{key}={value}")
-    texts += reward_overrides(args.rewards)
     return [*texts, "generate.strict=true"] if args.strict else texts
 
 
@@ -164,9 +170,12 @@ def _run_generate(args: argparse.Namespace) -> int:
 
     from streamt1_jax import StreamT1Pipeline
     from streamt1_jax.compile_cache import enable_compilation_cache
+    from streamt1_jax.rewards.choice import check_choice, leave_room, make_rewards
     from streamt1_jax.sharding import candidate_mesh
 
-    _check_rewards(settings)
+    published = check_choice(settings.rewards)
+    if published is not None:
+        leave_room(settings, args.checkpoint, published)
     enable_compilation_cache()
     jobs = _of_this_host(args, jobs)
     if args.devices > 1:
@@ -174,9 +183,12 @@ def _run_generate(args: argparse.Namespace) -> int:
     with _memory_advice(settings.run):
         pipe = StreamT1Pipeline.from_pretrained(args.checkpoint, allow_cpu=args.allow_cpu, devices=args.devices)
         pipe.encode([job.prompt for job in jobs], strict=settings.generate.strict)  # the text encoder is loaded once
+        rewards = (settings.rewards.short, settings.rewards.long)
+        if published is not None or settings.rewards.device is not None:
+            rewards = make_rewards(settings.rewards, pipe.prompts, published)
         for number, job in enumerate(jobs, start=1):
             label = f"{number}/{len(jobs)}" if args.prompts_file else job.paths.video.name
-            out = _generate(pipe, job.prompt, settings, label, forced=args.progress)
+            out = _generate(pipe, job.prompt, settings, rewards, label, forced=args.progress)
             save_result(out, job.paths, overwrite=args.overwrite)
             print(f"video   {job.paths.video}\nrecord  {job.paths.record}\ntree    {job.paths.tree}")
             print(f"weights {out.info['weights']['summary']}", flush=True)
@@ -207,17 +219,6 @@ def _of_this_host(args: argparse.Namespace, jobs: list["_Job"]) -> list["_Job"]:
     return jobs[jax.process_index() :: jax.process_count()]
 
 
-def _check_rewards(settings: Settings) -> None:
-    """Refuses names that mean nothing. A user's own reward may be a big model, so the pipeline makes it, once."""
-    from streamt1_jax.rewards import PromptTable, resolve
-
-    names = settings.rewards
-    if ":" not in names.short:
-        resolve(names.short, "short", PromptTable())
-    if ":" not in names.long:
-        resolve(names.long, "long", PromptTable())
-
-
 @dataclass(frozen=True)
 class _Job:
     prompt: str
@@ -243,7 +244,9 @@ def _plan_jobs(args: argparse.Namespace) -> list[_Job]:
     ]
 
 
-def _generate(pipe: "StreamT1Pipeline", prompt: str, settings: Settings, label: str, *, forced: bool) -> "Output":
+def _generate(
+    pipe: "StreamT1Pipeline", prompt: str, settings: Settings, rewards: Any, label: str, *, forced: bool
+) -> "Output":
     """One call of the pipeline under a progress bar over its chunks."""
     from tqdm import tqdm
 
@@ -264,7 +267,7 @@ def _generate(pipe: "StreamT1Pipeline", prompt: str, settings: Settings, label: 
             height=asked.height,
             width=asked.width,
             config=run,
-            rewards=(settings.rewards.short, settings.rewards.long),
+            rewards=rewards,
             strict=asked.strict,
             on_chunk=show,
         )

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from streamt1_jax.cli_score import reward_overrides
 from streamt1_jax.config import ModelConfig
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.outputs import atomic_write, write_json
-from streamt1_jax.settings import check_size, load_settings
+from streamt1_jax.settings import RewardsConfig, check_size, load_settings
 
 PROMPT = "a red circle moves right"  # what rewards that read a prompt are given
 FEWEST_CHUNKS = 10  # the window is full from chunk 4 on; three full chunks at the start, three at the end
@@ -27,7 +29,8 @@ def add_bench(commands: Any) -> None:
     add("--repeats", type=int, default=3, help="warm runs (default: 3)")
     add("--config", metavar="FILE", help="as in generate; of its search, every lane has another grid")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in generate")
-    add("--rewards", metavar="SHORT[,LONG]", help="as in generate (default: native)")
+    add("--rewards", metavar="DIR|SHORT[,LONG]", help="as in generate (default: native)")
+    add("--reward-device", metavar="DEVICE", help="as in generate")
     add("--devices", type=int, default=1, metavar="N", help="devices of this machine that share the candidates")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on an accelerator, float32 on a CPU")
     add("--height", type=int, help="pixels (default: the preset's)")
@@ -40,7 +43,7 @@ def add_bench(commands: Any) -> None:
 
 def _run_bench(args: argparse.Namespace) -> int:
     model = ModelConfig.preset(args.preset)
-    settings = load_settings(args.config, [*args.set, *reward_overrides(args.rewards)])
+    settings = load_settings(args.config, reward_overrides(args.rewards, args.reward_device, args.set))
     height = _size(args.height, _size(settings.generate.height, model.height))
     width = _size(args.width, _size(settings.generate.width, model.width))
     check_size(height, width)
@@ -61,7 +64,8 @@ def _run_bench(args: argparse.Namespace) -> int:
 
     from streamt1_jax.bench import lane_config, run_bench
     from streamt1_jax.bench_report import bench_table, compare_table
-    from streamt1_jax.rewards import PromptTable, resolve
+    from streamt1_jax.rewards import PromptTable
+    from streamt1_jax.rewards.choice import check_choice, make_rewards
     from streamt1_jax.sharding import candidate_mesh
     from streamt1_jax.weights import default_dtype
 
@@ -83,7 +87,7 @@ def _run_bench(args: argparse.Namespace) -> int:
         dtype=jnp.dtype(args.dtype).type if args.dtype else default_dtype(),
         height=height,
         width=width,
-        rewards=(resolve(settings.rewards.short, "short", prompts), resolve(settings.rewards.long, "long", prompts)),
+        rewards=make_rewards(settings.rewards, prompts, check_choice(settings.rewards)),
         devices=args.devices,
         profile=args.profile,
         on_round=keep,
@@ -94,14 +98,6 @@ def _run_bench(args: argparse.Namespace) -> int:
     if earlier is not None:
         print("\n" + compare_table(report, earlier))
     return 0
-
-
-def reward_overrides(rewards: str | None) -> list[str]:
-    """`--rewards SHORT[,LONG]` as settings; one name is both."""
-    if rewards is None:
-        return []
-    short, _, long = rewards.partition(",")
-    return [f"rewards.short={short}", f"rewards.long={long or short}"]
 
 
 def _size(given: int | None, default: int) -> int:
@@ -148,9 +144,30 @@ def add_doctor(commands: Any) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in generate")
     add("--beams", type=int, help="short for --set search.beams=N")
     add("--candidates", type=int, help="short for --set search.candidates_per_beam=N")
-    add("--rewards", choices=("none", "hpsv3", "videoreward", "both"), default="none", help="on the same device")
+    add(
+        "--rewards",
+        default="none",
+        metavar="none|hpsv3|videoreward|both|DIR",
+        help="published reward models on the same device, of the published sizes or of a folder's (default: none)",
+    )
+    add("--reward-device", metavar="DEVICE", help="as in generate: on another device they take nothing of this one")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.set_defaults(run=_run_doctor)
+
+
+def _reward_sizes(asked: str, settings: RewardsConfig) -> dict[str, float]:
+    """Bytes of the reward models that are asked for, by name."""
+    from streamt1_jax.memory import REWARD_BYTES, REWARD_LINEAR
+    from streamt1_jax.rewards.published import PublishedRewards
+
+    if os.path.isdir(asked):
+        folder = PublishedRewards(Path(asked), precision=settings.precision)
+        return {name: folder.weight_bytes(name) for name in folder.manifest["models"]}
+    names = {"none": (), "both": tuple(REWARD_BYTES)} | {name: (name,) for name in REWARD_BYTES}
+    if asked not in names:
+        raise BadInputError(f"--rewards is {asked!r}, expected {', '.join(names)} or a folder of converted rewards")
+    scale, less = (2 if settings.precision == "float32" else 1), settings.precision == "int8"
+    return {name: REWARD_BYTES[name] * scale - less * REWARD_LINEAR[name] for name in names[asked]}
 
 
 def _run_doctor(args: argparse.Namespace) -> int:
@@ -166,14 +183,24 @@ def _run_doctor(args: argparse.Namespace) -> int:
 
     from streamt1_jax.measure import machine
     from streamt1_jax.memory import GIGABYTE, format_plan, memory_plan
+    from streamt1_jax.rewards.placement import FRACTION, needed_bytes
 
     for name, value in machine().items():
         print(f"{name:12}  {value}")
-    rewards = {"none": (), "both": ("hpsv3", "videoreward")}.get(args.rewards, (args.rewards,))
-    plan = memory_plan(model, settings.run, height, width, jnp.dtype(args.dtype).type, rewards)
+    sizes = _reward_sizes(args.rewards, settings.rewards)
+    batch = GIGABYTE * settings.rewards.batch_gb
+    apart = args.reward_device is not None and args.reward_device not in ("cuda", "cuda:0")
+    here = () if apart else tuple(sizes)
+    plan = memory_plan(model, settings.run, height, width, jnp.dtype(args.dtype).type, here, sizes, batch)
     beams, count = settings.run.search.grid
     print(f"\n{args.preset}, {width}x{height}, {beams} beams of {count} candidates, {args.dtype}")
     print(format_plan(plan))
+    if apart and sizes:
+        parts = ", ".join(f"{name} {size / GIGABYTE:.2f} GB" for name, size in sizes.items())
+        needed = needed_bytes(sizes, batch) / GIGABYTE
+        print(f"on {args.reward_device}: {parts}, batches and torch itself: {needed:.2f} GB in all")
+    elif sizes:
+        print(f"torch takes {(plan.peak - plan.jax_peak) / GIGABYTE:.2f} GB of that; JAX is left the rest ({FRACTION})")
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     if limit is not None:

@@ -1,6 +1,7 @@
 """The memory a run needs on its device, from shapes alone: nothing is loaded and no device is touched."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,15 @@ from streamt1_jax.generator import wan_generator
 from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import gaussian_noise
 from streamt1_jax.rewards import native_long, native_short
+from streamt1_jax.rewards.placement import CONTEXT_BYTES
 from streamt1_jax.stream import Search, init_state
 
 GIGABYTE = 1e9
-# As published, in bfloat16 (REWARD_BYTES are read from the files' sizes, not measured here).
-REWARD_BYTES = {"hpsv3": 16.6e9, "videoreward": 5.0e9}
+# As `streamt1 convert rewards` stores the published models: 7.75 and 2.21 billion parameters in bfloat16 without the
+# language-model heads, HPSv3's own head in float32. A test counts them.
+REWARD_BYTES = {"hpsv3": 15504596168.0, "videoreward": 4417126400.0}
+REWARD_LINEAR = {"hpsv3": 7198998528, "videoreward": 1973420032}  # parameters of linear layers: what int8 halves
+REWARD_BATCH_BYTES = 4e9  # the default bound on the activations of one batch of clips (rewards.batch_gb)
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,23 @@ def size_of(tree: PyTree) -> int:
 
 
 def memory_plan(
-    model: ModelConfig, config: RunConfig, height: int, width: int, dtype: Any, rewards: tuple[str, ...] = ()
+    model: ModelConfig,
+    config: RunConfig,
+    height: int,
+    width: int,
+    dtype: Any,
+    rewards: tuple[str, ...] = (),
+    reward_sizes: Mapping[str, float] = REWARD_BYTES,
+    reward_batch: float = REWARD_BATCH_BYTES,
 ) -> MemoryPlan:
     """What a run will hold.
 
     Args:
         height, width: pixels of the video.
         dtype: of parameters, activations and the KV cache.
-        rewards: names in `REWARD_BYTES` that live on the same device.
+        rewards: names in `reward_sizes` that live on the same device.
+        reward_sizes: bytes of reward models' weights.
+        reward_batch: bytes of one batch of theirs.
     """
     generator = wan_generator(model, config.stream, height, width, dtype)
     noise = gaussian_noise(generator.chunk_shape, len(config.stream.denoising_steps))
@@ -82,7 +96,9 @@ def memory_plan(
         "reward windows": window * (beams + candidates),
         "activations, estimated": candidates * max(block, decoding),
     }
-    torch = {f"reward {name}": REWARD_BYTES[name] for name in rewards}
+    torch = {f"reward {name}": reward_sizes[name] for name in rewards}
+    if torch:
+        torch |= {"reward batches, at most": reward_batch, "torch itself, estimated": CONTEXT_BYTES}
     return MemoryPlan(entries | torch, frozenset({"text encoder"}), frozenset(torch))
 
 

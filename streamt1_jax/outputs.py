@@ -73,6 +73,18 @@ def folder_outputs(out: str | Path, prompts: Sequence[str], *, overwrite: bool =
     return outputs
 
 
+def json_output(out: str | Path, *, overwrite: bool = False) -> Path:
+    """The path of a single JSON file, after every check that can be made before it exists.
+
+    Raises:
+        BadInputError: a folder that is missing, read-only or full; a file in the way.
+    """
+    path = Path(out)
+    _check_folder(path.parent)
+    _check_file(path, overwrite, named=True)
+    return path
+
+
 def make_folder(folder: Path) -> None:
     """Makes the last part of a path, if it is not there."""
     try:

@@ -9,7 +9,7 @@ published checkpoints after a prefix (`dit.model.`, `vae.`, `t5.`). The kind is 
 - one forward with a LoRA (`base.`, `lora.`, `merged.`, `x`, `timestep`, `flow`, `x0`, `kv{layer}.k/v`);
 - the VAE (`pixels` to `encoded`, `latents` to `video`); the text encoder (`ids`, `mask` to `hidden`, `prompt_embeds`).
 
-All arithmetic is float32; no torch is needed.
+All arithmetic is float32; no torch is needed but for a folder of the reward models.
 """
 
 import dataclasses
@@ -73,12 +73,16 @@ def equal(quantity: str, ours: list, recorded: list) -> Comparison:
 
 
 def replay(path: str | Path) -> list[Comparison]:
-    """Replays one case.
+    """Replays one case: a file, or a folder of the reward models (`parity_rewards.py`).
 
     Raises:
         BadInputError: not a case of a known kind.
         WeightsError: its weights do not fit its sizes.
     """
+    if Path(path).is_dir():
+        from streamt1_jax.parity_rewards import replay_rewards
+
+        return replay_rewards(path)
     tensors, sizes = _read_case(Path(path))
     for key, kind in (("candidates", _replay_search), ("rank", _replay_lora)):
         if key in sizes:

@@ -21,7 +21,6 @@ from streamt1_jax import __version__
 from streamt1_jax.config import RunConfig, SearchConfig
 from streamt1_jax.errors import BadInputError, RewardError
 from streamt1_jax.generator import Conditioning, Generator, wan_generator
-from streamt1_jax.mini.shipped import is_mini
 from streamt1_jax.models.attention import attention_path
 from streamt1_jax.models.umt5 import encode_prompt
 from streamt1_jax.networks import network_graph
@@ -34,7 +33,7 @@ from streamt1_jax.state import ChunkRecord
 from streamt1_jax.stream import Search, init_state, score_video, stream_chunks
 from streamt1_jax.text import Tokenizer, check_prompt
 from streamt1_jax.trace import Trace
-from streamt1_jax.weights import CheckpointWeights, MiniWeights, Weights, default_dtype
+from streamt1_jax.weights import Weights, default_dtype, find_weights
 
 FPS = 16
 ENDLESS_CHUNKS = 40  # an endless stream fuses its scores as a 30-second video does, the longest of the paper
@@ -58,12 +57,6 @@ class _Request:
     config: RunConfig
     search: Search
     conditioning: Conditioning
-
-
-def _find_weights(name_or_dir: str | Path) -> Weights:
-    if str(name_or_dir) == "mini":
-        return MiniWeights()
-    return MiniWeights(name_or_dir) if is_mini(name_or_dir) else CheckpointWeights(name_or_dir)
 
 
 class StreamT1Pipeline:
@@ -115,7 +108,7 @@ class StreamT1Pipeline:
             WeightsError: no such checkpoint, or one that is not what its manifest says.
             BadInputError: a full-size model on a CPU without `allow_cpu`.
         """
-        weights = _find_weights(name_or_dir)
+        weights = find_weights(name_or_dir)
         dit = weights.config.dit
         size = dit.num_layers * dit.dim * (8 * dit.dim + 2 * dit.ffn_dim)
         if jax.default_backend() == "cpu" and size > FULL_SIZE and not allow_cpu:
@@ -298,7 +291,11 @@ class StreamT1Pipeline:
         request.search.long.raise_if_failed()
         trace = dataclasses.replace(trace, final_scores=tuple(scores))
         latents = beam_latents(trace, records, trace.winner)
-        return Output(videos[trace.winner], latents, trace, FPS, self._info(request, trace, latents, started))
+        info = self._info(request, trace, latents, started)
+        long = request.search.long
+        if long.explain is not None:  # what the score was made of, with the frames and the rate that it depends on
+            info["final_reward"] = long.explain(videos[trace.winner], request.prompt, float(FPS))
+        return Output(videos[trace.winner], latents, trace, FPS, info)
 
     def _info(self, request: _Request, trace: Trace, latents: np.ndarray, started: float) -> dict[str, Any]:
         search = request.search
@@ -310,6 +307,9 @@ class StreamT1Pipeline:
             "config": dataclasses.asdict(request.config),
             "grid": dict(zip(("beams", "candidates_per_beam"), request.config.search.grid, strict=True)),  # as run
             "rewards": {"short": search.short.name, "long": search.long.name},
+            "reward_models": {
+                reward.name: dict(reward.about) for reward in (search.short, search.long) if reward.about
+            },
             "size": {"height": search.generator.frame_shape[0], "width": search.generator.frame_shape[1]},
             "latent_frames": len(latents),
             "fps": FPS,

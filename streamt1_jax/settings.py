@@ -24,6 +24,7 @@ from streamt1_jax.errors import BadInputError
 T = TypeVar("T")
 
 DEFAULT_SECONDS = 5.0
+REWARD_PRECISIONS = ("stored", "bfloat16", "float32", "int8")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,19 @@ class RewardsConfig:
 
     short: str = "native"  # of a chunk's frames
     long: str = "native"  # of the window's
+    dir: str | None = None  # converted weights of hpsv3 and videoreward
+    device: str | None = None  # of torch rewards: cpu, cuda:1; None: the first GPU that torch sees, or the CPU
+    precision: str = "stored"  # of hpsv3 and videoreward in memory: stored, bfloat16, float32, int8
+    batch_gb: float = 4.0  # bound on the memory of one batch of clips, in gigabytes
+
+    def __post_init__(self):
+        problems = []
+        if self.precision not in REWARD_PRECISIONS:
+            problems.append(f"precision is {self.precision!r}, expected one of {', '.join(REWARD_PRECISIONS)}")
+        if not 0 < self.batch_gb < math.inf:
+            problems.append(f"batch_gb is {self.batch_gb!r}, expected a number above 0: try 4")
+        if problems:
+            raise BadInputError("rewards: " + "; ".join(problems))
 
 
 @dataclass(frozen=True)

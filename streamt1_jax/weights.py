@@ -116,6 +116,17 @@ class CheckpointWeights:
         }
 
 
+def find_weights(name_or_dir: str | Path) -> Weights:
+    """The embedded model for "mini", or what stands in a folder: of the same model, or a converted checkpoint.
+
+    Raises:
+        WeightsError: no such checkpoint.
+    """
+    if str(name_or_dir) == "mini":
+        return MiniWeights()
+    return MiniWeights(name_or_dir) if shipped.is_mini(name_or_dir) else CheckpointWeights(name_or_dir)
+
+
 def default_dtype() -> Any:
     """bfloat16 on an accelerator; float32 on a CPU, where 16 bits are emulated."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

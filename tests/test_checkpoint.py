@@ -70,7 +70,7 @@ def copy(tmp_path, checkpoint) -> Path:
 
 
 def reseal(folder: Path, manifest: dict) -> None:
-    from streamt1_jax.checkpoint import file_sha256
+    from streamt1_jax.manifest import file_sha256
 
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "manifest.sha256").write_text(file_sha256(folder / "manifest.json") + "\n")

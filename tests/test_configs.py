@@ -29,6 +29,7 @@ def test_stream_t1_is_the_default_spelt_out():
     text = file("stream_t1").read_text()
     unset = {"search.short_mean_window", "search.short_reward_frames"}  # None
     unset |= {"generate.frames", "generate.height", "generate.width"}  # None
+    unset |= {"rewards.dir", "rewards.device"}  # None
     assert {key for key in KEYS if f"config.{key} = " not in text} == unset
 
 

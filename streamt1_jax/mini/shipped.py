@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from streamt1_jax.checkpoint import file_sha256
 from streamt1_jax.errors import WeightsError
+from streamt1_jax.manifest import file_sha256
 
 FOLDER = Path(__file__).parent / "weights"
 TENSORS, MANIFEST = "mini.safetensors", "mini.json"

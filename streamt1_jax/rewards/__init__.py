@@ -12,5 +12,7 @@ from streamt1_jax.rewards.bridge import torch_reward as torch_reward
 from streamt1_jax.rewards.expression import expression_reward as expression_reward
 from streamt1_jax.rewards.native import native_long as native_long
 from streamt1_jax.rewards.native import native_short as native_short
+from streamt1_jax.rewards.published import PublishedRewards as PublishedRewards
+from streamt1_jax.rewards.published import load_rewards as load_rewards
 from streamt1_jax.rewards.registry import load_reward as load_reward
 from streamt1_jax.rewards.registry import resolve as resolve

@@ -10,11 +10,12 @@ in `Reward.failures` until the driver, outside the loop, calls `raise_if_failed`
   candidate while a finite one exists (SPEC section 5). Status `FAILED` means that there is no score at all.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from streamt1_jax.errors import BadInputError, RewardError
@@ -54,6 +55,10 @@ class Reward:
     pixels: Pixels
     runs_on: RunsOn
     failures: list[Failure] = field(default_factory=list, repr=False)
+    # For the record: `explain(video uint8 [T, H, W, 3], prompt, fps)` gives all a model says of a whole video as plain
+    # data, its "score" included; `about` is which model this is.
+    explain: Callable[[np.ndarray, str, float], dict[str, Any]] | None = field(default=None, repr=False)
+    about: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __call__(
         self, videos: Shaped[Array, "n T H W 3"], num_frames: Int[Array, "n"], prompt_index: Int[Array, ""]

@@ -12,7 +12,7 @@
 import functools
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from jaxtyping import Array, Int32, Shaped
 
 from streamt1_jax.errors import BadInputError, RewardError
 from streamt1_jax.rewards.base import FAILED, OK, Failure, Pixels, PromptTable, Reward, Verdict
+from streamt1_jax.rewards.placement import torch_device
 
 # Valid frames only, [t, H, W, 3] each, t its own, beside the prompt of each; the arrays are the function's to keep.
 HostFn: TypeAlias = Callable[[list[np.ndarray], list[str]], Sequence[float] | np.ndarray]
@@ -38,7 +39,17 @@ def per_video(fn: Callable[[np.ndarray, str], float]) -> HostFn:
     return batched
 
 
-def host_reward(name: str, fn: HostFn, prompts: PromptTable | None = None, pixels: Pixels = "uint8") -> Reward:
+def host_reward(
+    name: str,
+    fn: HostFn,
+    prompts: PromptTable | None = None,
+    pixels: Pixels = "uint8",
+    *,
+    choose: Callable[[int], Sequence[int] | np.ndarray] | None = None,
+    borrow: bool = False,
+    explain: Callable[[np.ndarray, str, float], dict[str, Any]] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Reward:
     """A reward from a Python function; see `per_video` for one that takes a single video.
 
     Args:
@@ -48,6 +59,9 @@ def host_reward(name: str, fn: HostFn, prompts: PromptTable | None = None, pixel
             twice at once.
         prompts: the table that prompt indices point into; None for a reward that reads no prompt and gets "".
         pixels: the pixels it wants.
+        choose: the indices of the frames that it wants of a video, by its number of frames; only these cross.
+        borrow: hand over views of JAX's own memory instead of copies; `fn` must neither write to nor keep them.
+        explain, about: see `Reward`.
     """
     failures: list[Failure] = []
     lock = threading.Lock()  # XLA may run callbacks of two programs at once; few models are made for that
@@ -57,7 +71,7 @@ def host_reward(name: str, fn: HostFn, prompts: PromptTable | None = None, pixel
         lead = np.broadcast_shapes(videos.shape[:-5], num_frames.shape[:-1], prompt_index.shape)
         shape = (*lead, videos.shape[-5])
         try:
-            clips, texts = _rows(videos, num_frames, prompt_index, lead, prompts)
+            clips, texts = _rows(videos, num_frames, prompt_index, lead, prompts, borrow=borrow)
             with lock:
                 answer = fn(clips, texts)
             return _as_scores(answer, len(clips)).reshape(shape), np.full(shape, OK, np.int32)
@@ -66,14 +80,16 @@ def host_reward(name: str, fn: HostFn, prompts: PromptTable | None = None, pixel
             failures.append(Failure(error.with_traceback(None), text))
             return np.full(shape, np.nan, np.float32), np.full(shape, FAILED, np.int32)
 
-    return Reward(name, functools.partial(_cross, host), pixels=pixels, runs_on="host", failures=failures)
+    cross = functools.partial(_cross, host)
+    call = cross if choose is None else functools.partial(_choose_and_cross, cross, choose)
+    return Reward(name, call, pixels, "host", failures, explain=explain, about=about or {})
 
 
 def torch_reward(
     name: str,
     fn: Callable[[Any, list[str]], Any],
     prompts: PromptTable | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     pixels: Pixels = "uint8",
 ) -> Reward:
     """A reward from a torch callable, run under `torch.inference_mode()`; no gradient comes back.
@@ -82,27 +98,17 @@ def torch_reward(
         fn: `fn(videos [n, t, H, W, 3] on device, prompts) -> tensor [n]`. Videos of one length come together; a
             batch of several lengths makes one call for each. A `torch.nn.Module` is moved to the device and set to
             evaluation.
-        device: a torch device, for example "cpu", "cuda" or "cuda:1"; it need not be the one JAX runs on.
+        device: a torch device, for example "cpu", "cuda" or "cuda:1"; it need not be the one JAX runs on. None is the
+            first GPU that torch sees, or the CPU.
         name, prompts, pixels: as in `host_reward`.
 
     Raises:
         RewardError: torch is not installed.
         BadInputError: a device that torch does not know or cannot reach.
     """
-    try:
-        import torch  # here, not above: an optional dependency, and `import streamt1_jax` must not import it
-    except ImportError as error:
-        raise RewardError(
-            f"reward {name!r} is a torch reward, and torch is not installed; pip install 'streamt1-jax[torch]'"
-        ) from error
-    try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
-        raise BadInputError(
-            f"reward device {device!r} cannot be used ({error}); expected 'cpu' or one of "
-            f"{torch.cuda.device_count()} CUDA devices; choose another device"
-        ) from error
+    where = torch_device(device)
+    import torch  # here, not above: an optional dependency, and `import streamt1_jax` must not import it
+
     if isinstance(fn, torch.nn.Module):
         fn.to(where).eval()
 
@@ -152,12 +158,29 @@ def _cross(
     return Verdict(scores, status)
 
 
+def _choose_and_cross(
+    cross: Callable[..., Verdict],
+    choose: Callable[[int], Sequence[int] | np.ndarray],
+    videos: Shaped[Array, "n T H W 3"],
+    num_frames: Int32[Array, "n"],
+    prompt_index: Int32[Array, ""],
+) -> Verdict:
+    """Gathers the wanted frames on the device, so that no others are copied to the host."""
+    wanted = [np.zeros(0, np.int32)] + [np.asarray(choose(t), np.int32) for t in range(1, videos.shape[1] + 1)]
+    counts = np.array([len(indices) for indices in wanted], np.int32)
+    table = np.stack([np.pad(indices, (0, counts.max() - len(indices))) for indices in wanted])
+    chosen = jax.vmap(lambda video, indices: video[indices])(videos, jnp.asarray(table)[num_frames])
+    return cross(chosen, jnp.asarray(counts)[num_frames], prompt_index)
+
+
 def _rows(
     videos: np.ndarray,
     num_frames: np.ndarray,
     prompt_index: np.ndarray,
     lead: tuple[int, ...],
     prompts: PromptTable | None,
+    *,
+    borrow: bool,
 ) -> tuple[list[np.ndarray], list[str]]:
     """Valid frames and prompt of every row, the leading axes and n counted through in order."""
     n, length = videos.shape[-5:-3]
@@ -171,7 +194,8 @@ def _rows(
             raise BadInputError(
                 f"num_frames is {t}, expected 1 to {length}; pass the number of valid frames of the row"
             )
-        clips.append(np.array(videos[place][:t]))  # copied: the memory is XLA's, and gone after the call
+        # Copied unless told otherwise: the memory is XLA's, and gone after the call.
+        clips.append(videos[place][:t] if borrow else np.array(videos[place][:t]))
         texts.append("" if prompts is None else prompts[int(prompt_index[place[:-1]])])
     return clips, texts
 

@@ -26,38 +26,56 @@ from typing import Any, Literal, get_args
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.rewards.base import Pixels, PromptTable, Reward
 from streamt1_jax.rewards.bridge import host_reward, per_video, torch_reward
+from streamt1_jax.rewards.model_settings import MODELS
 from streamt1_jax.rewards.native import native_long, native_short
+from streamt1_jax.rewards.published import PublishedRewards
 
 Role = Literal["short", "long"]
 
 BUILT_IN: dict[str, dict[Role, Callable[[], Reward]]] = {"native": {"short": native_short, "long": native_long}}
 
 
-def resolve(spec: str, role: Role, prompts: PromptTable, *, device: str = "cpu") -> Reward:
+def resolve(
+    spec: str,
+    role: Role,
+    prompts: PromptTable,
+    *,
+    device: str | None = None,
+    published: PublishedRewards | None = None,
+) -> Reward:
     """The reward that a setting names.
 
     Args:
-        spec: a built-in name ("native"), or `package.module:Name`.
+        spec: a built-in name ("native"), a published model ("hpsv3", "videoreward"), or `package.module:Name`.
         role: "short" scores a chunk's frames, "long" the window; a built-in name means another reward for each.
         prompts: the table that the run's prompt indices point into.
-        device: where a torch reward runs that does not say so itself.
+        device: where a torch reward of the user's own runs that does not say so itself; see `torch_reward`.
+        published: the folder that published models come from.
 
     Raises:
-        BadInputError: no such reward, with the closest name.
+        BadInputError: no such reward, with the closest name; a published one without a folder.
     """
     if role not in get_args(Role):
         raise BadInputError(f"reward role is {role!r}, expected 'short' or 'long'")
     if ":" in spec:
         return load_reward(spec, prompts, device=device)
+    if spec in MODELS:
+        if published is None:
+            raise BadInputError(
+                f"reward {spec!r} needs converted weights, expected their folder; give it with --rewards DIR or --set "
+                "rewards.dir=DIR, and make it with: streamt1 convert rewards --out DIR"
+            )
+        return published.reward(spec, prompts)
     if spec not in BUILT_IN:
+        names = (*sorted(BUILT_IN), *MODELS)
         raise BadInputError(
-            f"there is no reward {spec!r}{_closest(spec, BUILT_IN)}; expected one of {', '.join(sorted(BUILT_IN))}, "
-            "or your own as package.module:Name"
+            f"there is no reward {spec!r}{_closest(spec, names)}; expected one of {', '.join(names)}, "
+            "your own as package.module:Name, or a folder of converted rewards"
         )
     return BUILT_IN[spec][role]()
 
 
-def load_reward(spec: str, prompts: PromptTable, *, device: str = "cpu") -> Reward:
+def load_reward(spec: str, prompts: PromptTable, *, device: str | None = None) -> Reward:
     """A user's own reward, `package.module:Name`; modules in the working folder are found too.
 
     Raises:
@@ -88,7 +106,7 @@ def load_reward(spec: str, prompts: PromptTable, *, device: str = "cpu") -> Rewa
     return _lift(spec, made, prompts, device)
 
 
-def _lift(spec: str, made: Any, prompts: PromptTable, device: str) -> Reward:
+def _lift(spec: str, made: Any, prompts: PromptTable, device: str | None) -> Reward:
     """A reward from a user's callable, by its `takes`, `pixels` and `device`."""
     if not callable(made):
         raise BadInputError(

@@ -1,0 +1,85 @@
+"""The rewards that the settings of a run name: refused early where they mean nothing, made once."""
+
+from pathlib import Path
+
+import jax
+
+from streamt1_jax.memory import memory_plan
+from streamt1_jax.rewards.base import PromptTable, Reward
+from streamt1_jax.rewards.model_settings import MODELS
+from streamt1_jax.rewards.placement import needed_bytes, refuse_overfull, share_gpu, torch_device
+from streamt1_jax.rewards.published import PublishedRewards
+from streamt1_jax.rewards.registry import Role, resolve
+from streamt1_jax.settings import RewardsConfig, Settings
+from streamt1_jax.weights import default_dtype, find_weights
+
+
+def check_choice(config: RewardsConfig) -> PublishedRewards | None:
+    """Refuses names that mean nothing, before any weights load; a user's own reward is left to `make_rewards`.
+
+    Returns:
+        The folder of published models that the run needs, if it needs one; nothing of it is loaded yet.
+
+    Raises:
+        BadInputError: no such reward, or a published one without its folder.
+        WeightsError: the folder holds no converted rewards, or not these.
+    """
+    names = published_names(config)
+    if config.dir is None or not names:
+        for role, spec in roles(config).items():
+            if ":" not in spec:
+                resolve(spec, role, PromptTable())
+        return None
+    published = PublishedRewards(Path(config.dir), config.device, config.precision, batch_bytes=1e9 * config.batch_gb)
+    for role, spec in roles(config).items():
+        if spec in MODELS:
+            published.weight_bytes(spec)
+        elif ":" not in spec:
+            resolve(spec, role, PromptTable())
+    return published
+
+
+def leave_room(settings: Settings, checkpoint: str, published: PublishedRewards) -> None:
+    """On GPUs, leaves the published models of a run their room; call it before JAX starts.
+
+    Args:
+        checkpoint: of the run: "mini" or a folder.
+
+    Raises:
+        OutOfMemoryError: the run does not fit into the rest, said before anything is loaded.
+    """
+    device = torch_device(settings.rewards.device)
+    sizes = {name: published.weight_bytes(name) for name in published_names(settings.rewards)}
+    needed = needed_bytes(sizes, published.batch_bytes)
+    share_gpu(needed, device)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # JAX starts here
+    if device.type == "cpu" or limit is None:
+        return
+    model = find_weights(checkpoint).config
+    size = (settings.generate.height or model.height, settings.generate.width or model.width)
+    refuse_overfull(memory_plan(model, settings.run, *size, default_dtype()).peak, limit, needed)
+
+
+def make_rewards(
+    config: RewardsConfig, prompts: PromptTable, published: PublishedRewards | None
+) -> tuple[Reward, Reward]:
+    """Both rewards of a run; published models are loaded here, the memory for all of them checked first.
+
+    Args:
+        prompts: the table that the run's prompt indices point into.
+        published: what `check_choice` returned.
+    """
+    if published is not None:
+        published.check_fit(published_names(config))
+    chosen = roles(config)
+    short, long = (resolve(chosen[role], role, prompts, device=config.device, published=published) for role in chosen)
+    return short, long
+
+
+def roles(config: RewardsConfig) -> dict[Role, str]:
+    return {"short": config.short, "long": config.long}
+
+
+def published_names(config: RewardsConfig) -> tuple[str, ...]:
+    """The published models among the two, each once."""
+    return tuple(dict.fromkeys(spec for spec in roles(config).values() if spec in MODELS))
