@@ -14,6 +14,7 @@
 import itertools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
@@ -191,7 +192,7 @@ def _place_thing(thing: Thing, opening: Float[np.ndarray, "6"]) -> dict[str, np.
         velocity = speed * np.sqrt(0.5) * np.where(np.array([right, down]) < 0.5, -1.0, 1.0)
     spins, grows = thing.motion == "spins", thing.motion == "grows and shrinks"
     row = {
-        "shape": np.asarray(SHAPES.index(thing.shape), np.int32),
+        "shape": np.array(SHAPES.index(thing.shape), np.int32),
         "colour": np.array(COLOURS[thing.colour]) / 127.5 - 1,
         "radius": radius,
         "growth": GROWTH * grows,
@@ -229,6 +230,7 @@ def pose(placed: Placed, frame: Int[Array, ""]) -> Pose:
 
 def render(placed: Placed, frames: Int[Array, " T"]) -> Frames:
     """The pixels of the given frames, [T, 80, 128, 3] in [-1, 1]."""
+    placed = jax.tree.map(jnp.asarray, placed)
     background = _background(placed.background)
     return jax.vmap(lambda frame: _draw(placed, pose(placed, frame), background))(jnp.asarray(frames))
 
@@ -236,7 +238,7 @@ def render(placed: Placed, frames: Int[Array, " T"]) -> Frames:
 def _draw(placed: Placed, posed: Pose, picture: Float[Array, "H W 3"]) -> Float[Array, "H W 3"]:
     for i in reversed(range(placed.shape.shape[0])):  # the first stands in front
         inside = coverage(placed.shape[i], posed.centre[i], posed.radius[i], posed.angle[i])[..., None]
-        inside = inside * (placed.radius[i] > 0)
+        inside = jnp.where(placed.radius[i] > 0, inside, 0.0)
         picture = picture * (1 - inside) + placed.colour[i] * inside
     return picture
 
@@ -255,7 +257,7 @@ def coverage(
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     unit = jnp.maximum(radius, 1e-3)
     u, v = (cos * x + sin * y) / unit, (cos * y - sin * x) / unit
-    distances = jnp.stack([of_shape(u, v) for of_shape in _SIGNED_DISTANCES.values()])
+    distances = jnp.stack([of_shape(u, v) for of_shape in SIGNED_DISTANCES.values()])
     return jnp.clip(0.5 - distances[shape] * unit, 0.0, 1.0)
 
 
@@ -294,11 +296,19 @@ def _cross(x, y):
     return jnp.minimum(wide, narrow)
 
 
-_SIGNED_DISTANCES = dict(zip(SHAPES, (_circle, _square, _triangle, _star, _ring, _cross), strict=True))
+# Of a shape of radius 1 around the origin, upright, y downwards; negative inside.
+SIGNED_DISTANCES: dict[str, Callable] = dict(
+    zip(SHAPES, (_circle, _square, _triangle, _star, _ring, _cross), strict=True)
+)
 
 
 def _background(index: Int[HostOrDevice, ""]) -> Float[Array, "H W 3"]:
-    """Muted: no background is as bright or as colourful as an object."""
+    pictures = np.stack([background_picture(name) for name in BACKGROUNDS])
+    return jnp.asarray(pictures / 127.5 - 1, jnp.float32)[index]
+
+
+def background_picture(name: str) -> Int[np.ndarray, "H W 3"]:
+    """A background's pixels, 0 to 255. Muted: none is as bright or as colourful as an object."""
     x, y = np.arange(WIDTH)[None, :, None], np.arange(HEIGHT)[:, None, None]
     black, gray, brown, dark, light = (np.array(c) for c in ((12,) * 3, (105,) * 3, (92, 66, 44), (40,) * 3, (80,) * 3))
     pictures = {
@@ -308,7 +318,7 @@ def _background(index: Int[HostOrDevice, ""]) -> Float[Array, "H W 3"]:
         "striped": np.where(x // 8 % 2 == 0, dark, light) + 0 * y,
         "checkered": np.where((x // 8 + y // 8) % 2 == 0, dark, light),
     }
-    return jnp.asarray(np.stack([pictures[name] for name in BACKGROUNDS]) / 127.5 - 1, jnp.float32)[index]
+    return pictures[name]
 
 
 def held_out_scenes(count: int, seed: int = 1_000_000) -> list[Scene]:
