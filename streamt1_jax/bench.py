@@ -19,7 +19,7 @@ from flax import nnx
 
 from streamt1_jax import flops
 from streamt1_jax import stream as stages
-from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig, StreamConfig
+from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig, StreamConfig, grid_of
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.generator import Conditioning, wan_generator
 from streamt1_jax.measure import Spread, compilation_cache, compilations, machine, matmul_peak, peak_bytes, timed
@@ -43,11 +43,6 @@ MEANING = {
     "commit": "write the caches, route what leaves",
     "host": "record to the host",
 }
-
-
-def grid_of(candidates: int) -> tuple[int, int]:
-    """(beams, candidates of each) for a number of candidates a chunk: 1 -> 1x1, 4 -> 2x2, 8 -> 2x4, 3 -> 1x3."""
-    return (2, candidates // 2) if candidates >= 4 and candidates % 2 == 0 else (1, candidates)
 
 
 def search_of(candidates: int) -> SearchConfig:
