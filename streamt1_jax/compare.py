@@ -25,7 +25,7 @@ from streamt1_jax.config import MAX_SEED, RunConfig
 from streamt1_jax.contact_sheet import save_contact_sheet
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.measure import compilations
-from streamt1_jax.mini.world import Scene, parse_caption
+from streamt1_jax.mini.world import HEIGHT, WIDTH, Scene, parse_caption
 from streamt1_jax.outputs import make_folder
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.result import Output
@@ -107,11 +107,11 @@ def mini_checker(pipe: StreamT1Pipeline) -> Checker | None:
 
 
 def check_mini(video: UInt8[np.ndarray, "T H W 3"], prompt: str) -> dict[str, float] | None:
-    """Every check and their mean; None for a prompt that is no sentence of the little world."""
+    """Every check and their mean; None for a prompt or a size of video that is not the little world's."""
     from streamt1_jax.mini.checks import check_video
 
     scene = checkable_scene(prompt)
-    if scene is None:
+    if scene is None or video.shape[1:3] != (HEIGHT, WIDTH):
         return None
     checks = check_video(video, scene)
     return {"mean": checks.mean, **dataclasses.asdict(checks)}

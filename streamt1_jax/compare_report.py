@@ -186,7 +186,7 @@ def _plot_line(axes: Any, name: str, points: Sequence[tuple[float, Summary]], *,
     if any(score["low"] is None for _, score in points):
         return
     lows, highs = [score["low"] for _, score in points], [score["high"] for _, score in points]
-    if bars:
+    if bars or len(points) == 1:
         axes.vlines(xs, lows, highs, color=color, lw=1.1)
     else:
         axes.fill_between(xs, lows, highs, color=color, alpha=0.13, lw=0)

@@ -296,6 +296,7 @@ def test_only_sentences_of_the_world_are_checked():
     assert checkable_scene("a corgi surfs a wave") is None
     assert checkable_scene("a red circle spins and a red square spins") is None, "they cannot be told apart"
     assert check_mini(np.zeros((9, 80, 128, 3), np.uint8), "a corgi surfs a wave") is None
+    assert check_mini(np.zeros((9, 96, 128, 3), np.uint8), "a red circle moves right") is None, "of another size"
 
 
 def test_other_weights_than_the_embedded_models_are_not_checked():
