@@ -21,7 +21,7 @@ import numpy as np
 
 from streamt1_jax import flops, stream
 from streamt1_jax.bench_lane import Lane, encode, first_frames, prepare, step_bytes, time_video
-from streamt1_jax.config import ModelConfig, RunConfig
+from streamt1_jax.config import ModelConfig, RunConfig, grid_of
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.generator import Conditioning, wan_generator
 from streamt1_jax.measure import Spread, compilation_cache, compilations, machine, matmul_peak, peak_bytes, timed
@@ -37,11 +37,6 @@ from streamt1_jax.weights import random_params
 from streamt1_jax.window import decodes_in_turn
 
 EARLY = 8  # late chunks are compared with this one and the two that follow; the sinks are full by then
-
-
-def grid_of(candidates: int) -> tuple[int, int]:
-    """(beams, candidates of each) for a number of candidates a chunk: 1 -> 1x1, 4 -> 2x2, 8 -> 2x4, 3 -> 1x3."""
-    return (2, candidates // 2) if candidates >= 4 and candidates % 2 == 0 else (1, candidates)
 
 
 def lane_config(run: RunConfig, candidates: int) -> RunConfig:

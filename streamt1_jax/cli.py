@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamt1_jax.cli_bench import add_bench, add_doctor
+from streamt1_jax.cli_compare import add_compare
 from streamt1_jax.cli_score import add_score, reward_overrides
 from streamt1_jax.cli_train import add_train_mini
 from streamt1_jax.config import RunConfig
@@ -94,6 +95,7 @@ def _build_parser(*, convert: bool) -> argparse.ArgumentParser:
             commands.choices["convert"].set_defaults(run=_run_convert)
         else:
             commands.add_parser("convert", help="convert PyTorch checkpoints")
+    add_compare(commands)
     add_bench(commands)
     add_doctor(commands)
     add_score(commands)

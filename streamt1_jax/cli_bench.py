@@ -47,7 +47,7 @@ def _run_bench(args: argparse.Namespace) -> int:
     height = _size(args.height, _size(settings.generate.height, model.height))
     width = _size(args.width, _size(settings.generate.width, model.width))
     check_size(height, width)
-    candidates = _numbers(args.candidates)
+    candidates = numbers("--candidates", args.candidates)
     if args.repeats < 1 or args.chunks < FEWEST_CHUNKS or args.devices < 1:
         raise BadInputError(
             f"--repeats is {args.repeats}, --devices {args.devices} and --chunks {args.chunks}, expected at least 1, 1 "
@@ -104,14 +104,15 @@ def _size(given: int | None, default: int) -> int:
     return default if given is None else given
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """The numbers of candidates that an option lists."""
     try:
-        numbers = tuple(int(n) for n in text.split(","))
+        listed = tuple(int(n) for n in text.split(","))
     except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise BadInputError(f"--candidates is {text!r}, expected numbers of at least 1: try 1,4,8")
-    return numbers
+        listed = ()
+    if not listed or min(listed) < 1:
+        raise BadInputError(f"{option} is {text!r}, expected numbers of at least 1: try 1,4,8")
+    return listed
 
 
 def _earlier(path: str, asked: dict[str, Any], candidates: tuple[int, ...]) -> dict[str, Any]:

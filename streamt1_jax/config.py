@@ -369,6 +369,14 @@ class SearchConfig:
         return cls(beams=1, candidates_per_beam=1, noise_propagation=False, sinking=False)
 
 
+def grid_of(candidates: int) -> tuple[int, int]:
+    """(beams, candidates of each) for a number of candidates a chunk: 1 -> 1x1, 2 -> 1x2, 3 -> 1x3, 4 -> 2x2, 8 -> 2x4.
+
+    Two beams of one candidate each would never meet a choice before the end; so two candidates share a beam.
+    """
+    return (2, candidates // 2) if candidates >= 4 and candidates % 2 == 0 else (1, candidates)
+
+
 def check_sinks(chunk: int, sink_size: int, max_sink_size: int) -> None:
     """What the two sections must agree on; latent frames.
 
