@@ -85,7 +85,9 @@ def dit_task(
     def one(params: PyTree, example: Sequences, key: Array) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
         """(loss, weight) of every chunk of one sequence."""
         dit = nnx.merge(dit_graph, params["dit"])
-        text = dit.encode_text(encode_prompt(nnx.merge(text_graph, params["text"]), example.tokens, example.mask))
+        text = dit.encode_text(
+            encode_prompt(nnx.merge(text_graph, params["text"]), *map(jnp.asarray, (example.tokens, example.mask)))
+        )
         steps = dit.encode_time(timesteps)
         context_time = dit.encode_time(jnp.full((1,), stream.context_noise, jnp.float32))
         losses, caches = [], []
@@ -97,7 +99,9 @@ def dit_task(
             def denoise(level, key, chunk=chunk, past=past, clean=clean, start_frame=start_frame):
                 noise = jax.random.normal(key, clean.shape)
                 if chunk == 0:
-                    noise = jnp.where(level < COUPLED_LEVELS, coupled_noise(noise, example.openings), noise)
+                    noise = jnp.where(
+                        level < COUPLED_LEVELS, coupled_noise(noise, jnp.asarray(example.openings)), noise
+                    )
                 noisy = (1 - sigmas[level]) * clean + sigmas[level] * noise
                 flow = dit(noisy, jax.tree.map(lambda x: x[level][None], steps), text, past, start_frame)
                 return jnp.mean((flow - (noise - clean)) ** 2), noisy - sigmas[level] * flow

@@ -116,7 +116,7 @@ def _clips(step: int, batch: int, crop: int, seed: int) -> Clips:
 
 def _crop(clip: Clips, *, frames: int, size: int) -> Float[Array, "T size size 3"]:
     """One clip of the batch."""
-    video = world.render(clip.placed, clip.start + jnp.arange(frames))
+    video = world.render(clip.placed, jnp.asarray(clip.start) + jnp.arange(frames))
     return jnp.roll(video, -clip.corner, axis=(1, 2))[:, :size, :size]
 
 

@@ -139,6 +139,7 @@ class Upsample(nnx.Module):
             past = next_past(past, x)
             x = rearrange(doubled, "t h w (pair c) -> (t pair) h w c", pair=2)
         x = repeat(x, "t h w c -> t (h two_h) (w two_w) c", two_h=2, two_w=2)
+        assert self.conv.bias is not None
         return conv2d(x, self.conv.kernel[...]) + self.conv.bias[...], past
 
 
