@@ -90,11 +90,10 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
         return fit(task, out, seed=seed, resume=resume, report=say)
 
     vae = run(vae_task("vae", config, steps=recipe.vae, decay_steps=2 * recipe.vae, batch=8, frames=5, crop=48))
-    longer = functools.partial(vae_task, config=config, batch=4, crop=48)
-    vae = run(longer("vae_long", start=vae, steps=recipe.vae_long, frames=17, seed=seed + 1))
-    # A short stage, so its average must forget sooner.
-    late = {"frames": 8, "history": 73, "seed": seed + 2}
-    vae = run(longer("vae_stream", start=vae, steps=recipe.vae_stream, ema_decay=0.99, **late))
+    longer = functools.partial(vae_task, batch=4, crop=48)
+    vae = run(longer("vae_long", config, vae, steps=recipe.vae_long, frames=17, seed=seed + 1))
+    late = functools.partial(longer, frames=8, history=73, ema_decay=0.99)  # a short stage: its average forgets sooner
+    vae = run(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
     data = _sequences(out, config, vae, recipe, seed, report)
     made = run(dit_task("dit", config, stream, data, steps=recipe.dit, batch=recipe.dit_batch, seed=seed))
