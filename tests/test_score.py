@@ -10,11 +10,14 @@ import torch
 from compare import assert_close
 from published import TINY, write_wan
 from reward_case import PROMPTS, cli_sources
+from small import SmallWeights
 
 from streamt1_jax import cli
-from streamt1_jax.errors import BadInputError, OutOfMemoryError
+from streamt1_jax.config import SearchConfig
+from streamt1_jax.errors import BadInputError, OutOfMemoryError, RewardError
 from streamt1_jax.memory import REWARD_BATCH_BYTES, REWARD_BYTES
-from streamt1_jax.rewards import PromptTable, PublishedRewards
+from streamt1_jax.pipeline import StreamT1Pipeline
+from streamt1_jax.rewards import PromptTable, PublishedRewards, torch_reward
 from streamt1_jax.rewards.choice import check_choice, make_rewards, published_names
 from streamt1_jax.settings import RewardsConfig, load_settings
 from streamt1_jax.trace import Trace
@@ -235,3 +238,43 @@ def test_a_users_own_torch_reward(capsys, video, tmp_path, monkeypatch):
     expected = (frames[..., 0].mean() - frames[..., 2].mean()) / 255
     assert entry["scores"]["short"]["score"] == pytest.approx(expected, abs=1e-6)
     assert "my_warmth:Warmth" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+class TestRewardsThatFailInARun:
+    """FAULTS 12 and 32, with torch rewards in the real pipeline on small networks."""
+
+    @pytest.fixture(scope="class")
+    def pipe(self) -> StreamT1Pipeline:
+        return StreamT1Pipeline(SmallWeights())
+
+    def run(self, pipe: StreamT1Pipeline, score, frames: int = 5) -> list:
+        """The chunks of a video whose short reward is a torch function of (videos, prompts); 5 frames are one chunk."""
+        rewards = (torch_reward("mine", score, pipe.prompts, device="cpu"), "native")
+        search = SearchConfig(beams=2, candidates_per_beam=1)
+        return list(pipe.stream(PROMPT, frames=frames, search=search, rewards=rewards))
+
+    def test_one_that_raises_ends_the_run_after_the_chunk_with_its_own_text(self, pipe):
+        calls = []
+
+        def score(videos, prompts):
+            calls.append(prompts)
+            if len(calls) > 1:
+                raise RuntimeError("the judge went home")
+            return videos.float().mean((1, 2, 3, 4))
+
+        with pytest.raises(RewardError, match="'mine' failed with RuntimeError: the judge went home"):
+            self.run(pipe, score, frames=11)
+        assert calls == [[PROMPT] * 2] * 2  # the second chunk was the last to be asked about
+
+    def test_a_nan_is_never_kept_beside_a_number(self, pipe):
+        with pytest.warns(UserWarning, match="1 of 2 candidates of chunk"):
+            chunks = self.run(pipe, lambda videos, prompts: torch.tensor([float("nan"), 1.0]))
+        for chunk in chunks:
+            tried = chunk.chunk.candidates
+            assert [candidate.finite for candidate in tried] == [False, True]
+            assert chunk.chunk.best.short == 1.0
+
+    def test_nothing_but_nan_is_an_error(self, pipe):
+        with pytest.raises(RewardError, match="no candidate of chunk 0 has finite latents and scores"):
+            self.run(pipe, lambda videos, prompts: torch.full((len(prompts),), torch.nan))
