@@ -115,7 +115,7 @@ def dit_task(
                 caches.append(dit.context(seen, context_time, text, past, start_frame))
         # After a gap in time the first chunk has no neighbour to go on from.
         follows = example.start[1] == stream.latent_frames_per_chunk
-        weights = jnp.ones(chunks).at[1].set(follows)
+        weights = jnp.ones(chunks).at[1].set(follows.astype(jnp.float32))
         return jnp.stack(losses) * weights, weights
 
     def loss(params: PyTree, examples: Sequences, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
