@@ -11,7 +11,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,18 @@ class RunPaths:
         return self.video.with_suffix(".resume")
 
 
-def single_output(out: str | Path, *, overwrite: bool = False) -> RunPaths:
+def _never(path: Path) -> bool:
+    return False
+
+
+def single_output(
+    out: str | Path, *, overwrite: bool = False, replaceable: Callable[[Path], bool] = _never
+) -> RunPaths:
     """The files of one video, after every check that can be made before it exists.
 
     Args:
         overwrite: results that stand there may be replaced.
+        replaceable: whether a file that stands there may be, without `overwrite`.
 
     Raises:
         BadInputError: a name that does not end in .mp4; a folder that is missing, read-only or full; a file in the way.
@@ -73,11 +80,17 @@ def single_output(out: str | Path, *, overwrite: bool = False) -> RunPaths:
         raise BadInputError(f"the output {str(video)!r} {what}, expected a video's name: --out NAME.mp4")
     _check_folder(video.parent)
     paths = RunPaths(video)
-    _check_files(paths, overwrite)
+    _check_files(paths, overwrite, replaceable)
     return paths
 
 
-def folder_outputs(out: str | Path, prompts: Sequence[str], *, overwrite: bool = False) -> list[RunPaths]:
+def folder_outputs(
+    out: str | Path,
+    prompts: Sequence[str],
+    *,
+    overwrite: bool = False,
+    replaceable: Callable[[Path], bool] = _never,
+) -> list[RunPaths]:
     """The files of one video per prompt in folder `out`, after the same checks. The folder need not exist yet.
 
     Names are an index and a hash, never text of a prompt: `0003-1a2b3c4d.mp4` belongs to the fourth prompt.
@@ -92,7 +105,7 @@ def folder_outputs(out: str | Path, prompts: Sequence[str], *, overwrite: bool =
     )
     outputs = [RunPaths(folder / name) for name in names]
     for paths in outputs:
-        _check_files(paths, overwrite)
+        _check_files(paths, overwrite, replaceable)
     return outputs
 
 
@@ -119,10 +132,10 @@ def _check_folder(folder: Path) -> None:
         raise _write_error(folder, error) from error
 
 
-def _check_files(paths: RunPaths, overwrite: bool) -> None:
+def _check_files(paths: RunPaths, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
     for path in paths.results:
         try:
-            _check_file(path, overwrite, named=path == paths.video)
+            _check_file(path, overwrite or replaceable(path), named=path == paths.video)
         except OSError as error:  # a name too long, a folder that cannot be searched
             raise _write_error(path, error) from error
 

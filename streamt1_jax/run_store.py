@@ -267,7 +267,8 @@ def holds_run(folder: Path) -> bool:
 
 def is_known(path: Path, folder: Path) -> bool:
     """Whether a file is, to the byte, what the interrupted run of `folder` wrote."""
-    return path.is_file() and known_results(folder).get(path.name) == _file_sum(path)
+    known = known_results(folder).get(path.name)
+    return known is not None and path.is_file() and known == _file_sum(path)
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

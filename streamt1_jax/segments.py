@@ -34,6 +34,10 @@ class Script:
     prompt: str
     switches: tuple[tuple[float, str], ...] = ()
 
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt, *(prompt for _, prompt in self.switches)]
+
 
 def parse_switch(text: str, fps: int = 16) -> tuple[float, str]:
     """(seconds, prompt) of `5.25s=a new prompt` or `84f=a new prompt`.

@@ -166,6 +166,14 @@ class GrowingVideo:
         with atomic_write(self.path) as temporary:
             _remux(self.path, temporary)
 
+    def discard(self) -> None:
+        """Ends the file and deletes it."""
+        container, self._container = self._container, None
+        if container is not None:
+            with write_errors(self.path):
+                container.close()
+                self.path.unlink(missing_ok=True)
+
 
 def _remux(source: Path, target: Path) -> None:
     import av
