@@ -77,6 +77,12 @@ class RunStore:
         self._waited: list[float] = []  # seconds that each chunk's saving has held up the run
         self._bytes = 0
 
+    def __enter__(self) -> "RunStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def open(
         self, identity: dict[str, Any], environment: dict[str, Any], init: "Callable[[], StreamState]"
     ) -> Saved | None:

@@ -56,7 +56,7 @@ def files(folder):
 def test_generate_writes_a_video_its_record_and_a_picture(capsys, tmp_path):
     code, out, err = run(capsys, "generate", PROMPT, "--out", "out.mp4", "--frames", "21", "--seed", "7")
     assert (code, err) == (0, "")
-    assert files(tmp_path) == ["out.json", "out.mp4", "out.png"]
+    assert files(tmp_path) == ["out.html", "out.json", "out.mp4", "out.png"]
     assert all(name in out for name in ("out.json", "out.mp4", "out.png"))
     assert "untrained" in out
     frames, fps = read_video("out.mp4")
@@ -85,7 +85,7 @@ def test_the_embedded_model_end_to_end(capsys, monkeypatch, tmp_path):
     trace = Trace.from_json(record["trace"])
     assert [len(chunk.candidates) for chunk in trace.chunks] == [2]
     assert record["history_seeds"] == [candidate.seed for candidate in trace.winning_path()]
-    assert files(tmp_path) == ["out.json", "out.mp4", "out.png"]
+    assert files(tmp_path) == ["out.html", "out.json", "out.mp4", "out.png"]
 
 
 def test_everything_asked_for_reaches_the_pipeline(capsys, pipeline):
@@ -94,7 +94,8 @@ def test_everything_asked_for_reaches_the_pipeline(capsys, pipeline):
     assert run(capsys, "generate", PROMPT, "--out", "a.mp4", *flags.split())[0] == 0
     assert pipeline.loaded == [("folder", {"allow_cpu": True, "devices": 1})]
     ((prompt, settings),) = pipeline.calls
-    config = settings.pop("config")
+    config, store = settings.pop("config"), settings.pop("store")
+    assert store.folder.name == "a.resume"
     assert (prompt, config.search.beams) == (PROMPT, 3)
     assert settings == {
         "frames": 21,
@@ -129,7 +130,9 @@ def test_prompts_of_a_file_go_to_a_folder_by_index_and_hash(capsys, tmp_path, pi
     assert code == 0
     assert err == "streamt1: warning: prompts.txt: 2 blank lines skipped, 3 prompts left\n"
     names = [f"{i:04d}-{hashlib.sha256(p.encode()).hexdigest()[:8]}" for i, p in enumerate(prompts)]
-    assert files(tmp_path / "videos") == sorted(f"{name}.{end}" for name in names for end in ("json", "mp4", "png"))
+    assert files(tmp_path / "videos") == sorted(
+        f"{name}.{end}" for name in names for end in ("html", "json", "mp4", "png")
+    )
     assert files(tmp_path) == ["prompts.txt", "videos"]
     assert [prompt for prompt, _ in pipeline.calls] == prompts
     assert len(pipeline.loaded) == 1
@@ -194,7 +197,7 @@ def test_overwrite_replaces_an_earlier_result(capsys, tmp_path):
     assert "--overwrite" in error_of(capsys, *argv, "9")
     assert run(capsys, *argv, "9", "--overwrite")[0] == 0
     assert len(read_video("a.mp4")[0]) == 9
-    assert files(tmp_path) == ["a.json", "a.mp4", "a.png"]
+    assert files(tmp_path) == ["a.html", "a.json", "a.mp4", "a.png"]
 
 
 class XlaRuntimeError(RuntimeError):
@@ -269,7 +272,7 @@ def test_results_before_a_failure_stay(capsys, tmp_path, monkeypatch, pipeline):
     argv = ("generate", "--prompts-file", "prompts.txt", "--out", "videos", "--frames", "9")
     code, _, err = run(capsys, *argv)
     assert (code, err) == (130, "streamt1: error: interrupted\n")
-    assert len(files(tmp_path / "videos")) == 3
+    assert len(files(tmp_path / "videos")) == 4
 
 
 def test_the_progress_bar_shows_the_best_score_only_when_wanted(capsys):

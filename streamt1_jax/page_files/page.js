@@ -145,9 +145,10 @@ function scores() {
   chunks.forEach((chunk, i) => {
     const hit = draw("rect", { class: "hit", x: left + step * i, y: top, width: step, height: height - top - bottom });
     hit.addEventListener("click", () => goTo(i));
+    const finite = chunk.candidates.map((c) => c.score).filter((v) => v !== null);
     explain(hit, `chunk ${chunk.index}`, () => [["score", number(winners[i].score)], ["short", number(winners[i].short)],
       ["long", number(winners[i].long)], ["weight of short", chunk.alpha.toFixed(2)],
-      ["range", `${number(Math.min(...chunk.candidates.map((c) => c.score)))} to ${number(Math.max(...chunk.candidates.map((c) => c.score)))}`]]);
+      ["range", finite.length ? `${number(Math.min(...finite))} to ${number(Math.max(...finite))}` : "none"]]);
     svg.append(hit);
   });
   byId("scores").append(svg);
