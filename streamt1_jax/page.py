@@ -95,7 +95,8 @@ def report_data(trace: Trace, info: dict[str, Any], fps: float = 16) -> dict[str
 
 def _stream_of(info: dict[str, Any]) -> StreamConfig:
     values = info.get("config", {}).get("stream", {})
-    return StreamConfig(**{key: tuple(x) if isinstance(x, list) else x for key, x in values.items()})
+    made: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
+    return StreamConfig(**made)
 
 
 def _candidate(candidate: Candidate, parents: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from streamt1_jax.rewards import PromptTable, Reward, resolve
 from streamt1_jax.run_info import environment, fingerprint, normal
 from streamt1_jax.run_store import RunStore, Saved
 from streamt1_jax.segments import first_frame, plan_switches
-from streamt1_jax.session import Request, VideoStream
+from streamt1_jax.session import CallSettings, Request, VideoStream
 from streamt1_jax.settings import check_seed, check_size, chunks_of, legal_frames
 from streamt1_jax.sharding import candidate_mesh, place
 from streamt1_jax.stream import Search, place_state, score_video
@@ -131,7 +131,7 @@ class StreamT1Pipeline:
         frames: int | None = None,
         on_chunk: Callable[[ChunkResult], bool | None] | None = None,
         store: RunStore | None = None,
-        **settings: Any,
+        **settings: Unpack[CallSettings],
     ) -> Output:
         """Makes one video.
 
@@ -141,7 +141,7 @@ class StreamT1Pipeline:
             frames: length in pixel frames, 12k - 3.
             on_chunk: called with each `ChunkResult`; where it returns True, the video ends with that chunk.
             store: keeps the state of every chunk, and goes on from what it holds.
-            **settings: the other arguments of `stream`.
+            **settings: see `CallSettings`.
 
         Raises:
             BadInputError: a bad prompt, length, size, seed or setting; or a store that holds another run.
@@ -169,24 +169,24 @@ class StreamT1Pipeline:
             output.info["saving"] = store.cost()
         return output
 
-    def stream(self, prompt: str, **settings: Any) -> VideoStream:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        seconds: float | None = None,
+        frames: int | None = None,
+        **settings: Unpack[CallSettings],
+    ) -> VideoStream:
         """Chunk after chunk as they are committed; endless where neither length is given.
 
         Args:
             seconds, frames: a length, as in a call of the pipeline.
-            seed: 0 to 2^32 - 1 (default 42); the same seed makes the same video.
-            height, width: pixels, multiples of 16; the size the weights were made for if None.
-            config: `RunConfig`, stream and search settings; the released ones if None.
-            search: `SearchConfig`, replaces `config.search`.
-            rewards: short and long: "native", "package.module:Name" or a `Reward`.
-            noise: a function from a seed to `Draws`, or recorded arrays `{"seeds", "noise", "renoise"}`.
-            strict: a prompt that is too long is an error.
-            switches: prompts to switch to by seconds, `{5.25: "a new prompt"}`, where they are known beforehand.
+            **settings: see `CallSettings`.
 
         Raises:
             BadInputError: a bad prompt, length, size, seed or setting.
         """
-        return self._open(self._request(prompt, **settings))
+        return self._open(self._request(prompt, seconds=seconds, frames=frames, **settings))
 
     def switch_prompt(self, prompt: str) -> None:
         """Shows another prompt from the next chunk on, in the stream begun last (`VideoStream.switch_prompt`).

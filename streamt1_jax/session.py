@@ -2,17 +2,19 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 from jaxtyping import PyTree
 
-from streamt1_jax.config import RunConfig
+from streamt1_jax.config import RunConfig, SearchConfig
 from streamt1_jax.errors import BadInputError, RewardError
 from streamt1_jax.generator import Conditioning
+from streamt1_jax.noise import NoiseSource
 from streamt1_jax.result import ChunkResult, to_chunk
+from streamt1_jax.rewards import Reward
 from streamt1_jax.run_info import asked
 from streamt1_jax.search import Search
 from streamt1_jax.segments import Segment
@@ -23,6 +25,20 @@ from streamt1_jax.text import check_prompt
 from streamt1_jax.trace import Switch
 
 ENDLESS_CHUNKS = 40  # an endless stream fuses its scores as a 30-second video does, the longest of the paper
+
+
+class CallSettings(TypedDict, total=False):
+    """What a call of the pipeline may be given beside its prompt and its length."""
+
+    seed: int  # 0 to 2^32 - 1 (default 42); the same seed makes the same video
+    height: int | None  # pixels, a multiple of 16; the size the weights were made for if None
+    width: int | None
+    config: RunConfig | None  # stream and search settings; the released ones if None
+    search: SearchConfig | None  # replaces `config.search`
+    rewards: tuple[str | Reward, str | Reward]  # short and long: "native", "package.module:Name" or a `Reward`
+    noise: NoiseSource  # a function from a seed to `Draws`, or recorded arrays
+    strict: bool  # a prompt that is too long is an error
+    switches: Mapping[float, str] | Sequence[tuple[float, str]]  # prompts by seconds: {5.25: "a new prompt"}
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,14 @@ def test_prompts_of_a_file_go_to_a_folder_by_index_and_hash(capsys, tmp_path, pi
         (("generate", PROMPT, "--out", "a.mp4", "--rewards", "nativ"), "no reward 'nativ'"),
         (("generate", PROMPT, "--out", "a.mp4", "--rewards", "native,sharp"), "no reward 'sharp'"),
         (("generate", PROMPT, "--out", "none/a.mp4"), "does not exist"),
+        (("generate", PROMPT, "--out", "a.mp4", "--switch", "5.25"), "'5.25' is not TIME=PROMPT"),
+        (("generate", PROMPT, "--out", "a.mp4", "--switch", "2s="), "prompt is empty"),
+        (
+            ("generate", PROMPT, "--out", "a.mp4", "--switch", "5.25s=x"),
+            "outside the video, expected 0.5625 s to 4.3125 s",
+        ),
+        (("generate", PROMPT, "--out", "a.mp4", "--resume", "--overwrite"), "expected one of them"),
+        (("generate", PROMPT, "--out", "a.mp4", "--resume", "--no-state"), "drop one of them"),
         (("generate", PROMPT, "--out", "a.avi"), "does not end in .mp4"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else None,
@@ -257,6 +265,46 @@ def test_a_picture_that_fails_leaves_no_video_either(capsys, tmp_path, monkeypat
     monkeypatch.setattr(report, "save_search_tree", fail)
     assert "No space left" in error_of(capsys, "generate", PROMPT, "--out", "a.mp4", "--frames", "9")
     assert not files(tmp_path)
+
+
+def test_switches_reach_the_pipeline(capsys, pipeline, tmp_path):
+    argv = ("--switch", "2s=a blue square", "--switch", "12f=x = y", "--seconds", "5")
+    assert run(capsys, "generate", PROMPT, "--out", "a.mp4", *argv)[0] == 0
+    assert pipeline.calls[0][1]["switches"] == ((2.0, "a blue square"), (0.75, "x = y"))
+    (tmp_path / "prompts.txt").write_text("one\n@2s two\nthree\n")
+    assert run(capsys, "generate", "--prompts-file", "prompts.txt", "--out", "videos")[0] == 0
+    calls = [(prompt, settings.get("switches")) for prompt, settings in pipeline.calls[1:]]
+    assert calls == [("one", ((2.0, "two"),)), ("three", None)]
+    names = {f"{i:04d}-{hashlib.sha256(p.encode()).hexdigest()[:8]}.mp4" for i, p in enumerate(["one\ntwo", "three"])}
+    assert names <= set(files(tmp_path / "videos"))
+    argv = ("--prompts-file", "prompts.txt", "--out", "more", "--switch", "2s=x")
+    assert "a line `@5.25s a new prompt`" in error_of(capsys, "generate", *argv)
+
+
+@pytest.mark.parametrize("name", ["run.json", "lock"])
+def test_an_unfinished_run_is_neither_overwritten_nor_forgotten(capsys, tmp_path, pipeline, name):
+    folder = tmp_path / "a.resume"
+    folder.mkdir()
+    (folder / name).touch()
+    assert "go on with --resume" in error_of(capsys, "generate", PROMPT, "--out", "a.mp4")
+    assert not pipeline.loaded
+    assert run(capsys, "generate", PROMPT, "--out", "a.mp4", "--overwrite", "--frames", "9")[0] == 0
+
+
+def test_a_folder_of_someone_else_is_left_alone(capsys, tmp_path, pipeline):
+    (tmp_path / "a.resume").mkdir()
+    (tmp_path / "a.resume" / "mine").touch()
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        assert "was not made by" in error_of(capsys, "generate", PROMPT, "--out", "a.mp4", *flags)
+    (tmp_path / "b.live.mp4").write_text("mine")
+    assert "was not made by" in error_of(capsys, "generate", PROMPT, "--out", "b.mp4", "--live")
+    assert not pipeline.loaded
+
+
+def test_a_result_of_the_user_is_not_replaced_by_a_resumed_run(capsys, tmp_path):
+    (tmp_path / "a.mp4").write_text("mine")
+    assert "exists" in error_of(capsys, "generate", PROMPT, "--out", "a.mp4", "--resume")
+    assert (tmp_path / "a.mp4").read_text() == "mine"
 
 
 def test_results_before_a_failure_stay(capsys, tmp_path, monkeypatch, pipeline):
