@@ -7,6 +7,7 @@ when it is opened: pictures and the video are inside.
 import base64
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def report_data(trace: Trace, info: dict[str, Any], fps: float = 16) -> dict[str
         "info": info,
         "fps": fps,
         "chunks": chunks,
-        "final_scores": list(trace.final_scores),
+        "final_scores": [_finite(score) for score in trace.final_scores],
         "winner": trace.winner,
         "switches": [
             {"chunk": switch.chunk, "prompt": switch.prompt, "sinks": switch.sinks_replaced}
@@ -99,6 +100,10 @@ def _stream_of(info: dict[str, Any]) -> StreamConfig:
     return StreamConfig(**made)
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _candidate(candidate: Candidate, parents: Any) -> dict[str, Any]:
     parent = None
     if parents is not None and candidate.parent_beam is not None:
@@ -106,9 +111,9 @@ def _candidate(candidate: Candidate, parents: Any) -> dict[str, Any]:
     return {
         "parent": parent,
         "seed": candidate.seed,
-        "short": candidate.short,
-        "long": candidate.long,
-        "score": candidate.score,
+        "short": _finite(candidate.short),
+        "long": _finite(candidate.long),
+        "score": _finite(candidate.score),
         "flag": "append" if candidate.append else "ema" if candidate.ema else "discard",
         "sinks": candidate.sink_frames,
         "kept": candidate.kept,
