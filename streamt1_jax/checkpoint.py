@@ -8,7 +8,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from streamt1_jax.atomic_folder import MARKER, atomic_folder, check_place
 from streamt1_jax.config import DiTConfig, ModelConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import WeightsError
 from streamt1_jax.networks import network_graph
+from streamt1_jax.outputs import file_sha256
 from streamt1_jax.params_store import ShardWriter, read_shards
 
 FORMAT, FORMAT_VERSION = "streamt1-checkpoint", 1
@@ -120,12 +120,6 @@ def is_checkpoint(folder: Path) -> bool:
         return json.loads((folder / "manifest.json").read_text())["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _seal(sha256: str) -> bytes:

@@ -193,6 +193,8 @@ def _run_generate(args: argparse.Namespace) -> int:
             if job in missing:
                 label = f"{number}/{len(jobs)}" if args.prompts_file else job.paths.video.name
                 _tell(job, generate(pipe, job, settings, label, args, args.interrupts))
+            if args.interrupts.requested:  # while the last chunk of a video was made, which is complete now
+                raise KeyboardInterrupt
     return 0
 
 

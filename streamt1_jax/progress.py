@@ -29,6 +29,8 @@ class Progress:
 
     def show(self, result: "ChunkResult") -> None:
         """One chunk is there."""
+        if self._bar.disable:
+            return
         if result.routes and (gone := result.routes[0]) is not None:
             self._routes[gone[1]] = self._routes.get(gone[1], 0) + 1
         words = [f"best score {result.chunk.best.score:.3f}"]

@@ -28,7 +28,7 @@ import numpy as np
 
 from streamt1_jax.atomic_folder import lock, sweep
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.outputs import SOFTWARE, atomic_write, write_errors, write_json
+from streamt1_jax.outputs import SOFTWARE, atomic_write, file_sha256, write_errors, write_json
 from streamt1_jax.run_info import differences, normal
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class RunStore:
         """Remembers results of an unfinished run that are about to take their names, so that a resumed run may
         replace them, and only them."""
         if self._lock is not None:
-            sums = {name: _file_sum(path) for name, path in files.items()}
+            sums = {name: file_sha256(path) for name, path in files.items()}
             write_json(self.folder / RESULTS, known_results(self.folder) | sums)
 
     def clear(self) -> None:
@@ -274,7 +274,7 @@ def holds_run(folder: Path) -> bool:
 def is_known(path: Path, folder: Path) -> bool:
     """Whether a file is, to the byte, what the interrupted run of `folder` wrote."""
     known = known_results(folder).get(path.name)
-    return known is not None and path.is_file() and known == _file_sum(path)
+    return known is not None and path.is_file() and known == file_sha256(path)
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -296,13 +296,8 @@ def _read_record(path: Path) -> "tuple[ChunkRecord, float]":
         return ChunkRecord(**{name: file[name] for name in ChunkRecord._fields}), float(file["seconds"])
 
 
-def _file_sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _chain(total: str, path: Path) -> str:
-    return hashlib.sha256(f"{total} {_file_sum(path)}".encode()).hexdigest()
+    return hashlib.sha256(f"{total} {file_sha256(path)}".encode()).hexdigest()
 
 
 def _discard(folder: Path) -> None:

@@ -1,12 +1,13 @@
 """A pytree of arrays as a folder that is written whole and verified when it is read.
 
-- Orbax holds the numbers; `state.json` the names, types and shapes, and one sha256 over all, since Orbax loads a
-  flipped bit without a word.
+- Orbax holds the numbers; `state.json` their names, types and shapes, and the sha256 of every file: Orbax loads a
+  flipped bit without a word, and its threads outlive the failure to read a file that was cut short.
 - All leaves of a type are packed into one long array: a hundred small files take far longer to reach the disk.
 """
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from jaxtyping import PyTree
 
 from streamt1_jax.atomic_folder import atomic_folder
 from streamt1_jax.errors import StreamT1Error
+from streamt1_jax.outputs import file_sha256
 from streamt1_jax.params_store import orbax
 
 ARRAYS, NOTES = "arrays", "state.json"
@@ -48,12 +50,11 @@ def save_state(folder: Path, packed: Packed, like: PyTree, notes: dict[str, Any]
     Raises:
         BadInputError: the disk is full or refuses.
     """
-    entry = {"notes": notes, "sha256": _digest(packed), "arrays": _layout(like)}
     with atomic_folder(folder, overwrite=True, is_ours=is_state) as partial:
         with orbax() as (ocp, checkpointer):
             checkpointer.save((partial / ARRAYS).absolute(), args=ocp.args.PyTreeSave(packed))
-        # The notes hold the sum of everything else, and one of their own.
-        text = json.dumps(entry)
+        # The notes hold the sums of everything else, and one of their own.
+        text = json.dumps({"notes": notes, "arrays": _layout(like), "files": _sums(partial / ARRAYS)})
         (partial / NOTES).write_text(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
 
 
@@ -69,16 +70,16 @@ def load_state(folder: Path, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
     entry = _read_notes(folder)
     if entry["arrays"] != _layout(like):
         raise DamagedStateError(f"{folder} holds arrays of other names, types or shapes than this run's state")
+    if _sums(folder / ARRAYS) != entry["files"]:
+        raise DamagedStateError(f"{folder} is not what was written: its sha256 differs")
     try:
         with orbax() as (ocp, checkpointer):
             how = {dtype: ocp.RestoreArgs(restore_type=np.ndarray) for _, dtype, _ in entry["arrays"]}
             packed = checkpointer.restore(
                 (folder / ARRAYS).absolute(), args=ocp.args.PyTreeRestore(item=how, restore_args=how)
             )
-    except Exception as error:  # Orbax and its stores raise many classes for a file that is cut short.
+    except Exception as error:  # Orbax and its stores raise many classes, another version's files among the reasons.
         raise DamagedStateError(f"{folder} cannot be read ({type(error).__name__})") from error
-    if _digest(packed) != entry["sha256"]:
-        raise DamagedStateError(f"{folder} is not what was written: its sha256 differs")
     return _unpack(packed, like), entry["notes"]
 
 
@@ -115,6 +116,8 @@ def _layout(tree: PyTree) -> list[list[Any]]:
     return [[jax.tree_util.keystr(path), np.dtype(x.dtype).name, list(x.shape)] for path, x in leaves]
 
 
-def _digest(packed: Packed) -> str:
-    sums = (f"{dtype} {hashlib.sha256(array.view(np.uint8).data).hexdigest()}" for dtype, array in packed.items())
-    return hashlib.sha256("\n".join(sorted(sums)).encode()).hexdigest()
+def _sums(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below, in parallel: hashlib lets other threads run."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((str(path.relative_to(folder)) for path in files), pool.map(file_sha256, files), strict=True))

@@ -10,13 +10,15 @@ import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from fake_search import FakePipeline
+from fake_search import FakeChunkResult, FakePipeline, fake_trace
 from PIL import Image
 
 import streamt1_jax
 from streamt1_jax import cli, compile_cache, report
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, RewardError, StreamT1Error, WeightsError
+from streamt1_jax.progress import Progress
 from streamt1_jax.trace import Trace
 from streamt1_jax.video import read_video
 
@@ -328,6 +330,17 @@ def test_the_progress_bar_shows_the_best_score_only_when_wanted(capsys):
     err = run(capsys, "generate", PROMPT, "--out", "b.mp4", "--frames", "21", "--progress")[2]
     assert "2/2" in err
     assert "best score -2.100" in err  # beam 0 of chunk 1 of the made-up trace
+
+
+def test_the_bar_of_a_resumed_run_counts_what_was_there(capsys):
+    with Progress(3, "a.mp4", forced=True) as progress:
+        for chunk, old in zip(fake_trace(3).chunks, [True, True, False], strict=True):
+            result = FakeChunkResult(chunk, np.zeros((12, 2, 2, 3), np.uint8))
+            result.restored = old
+            progress.show(result)
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert "48.0 frames/s, best score" in shown
 
 
 def test_warnings_are_one_line(capsys, monkeypatch):
