@@ -152,8 +152,9 @@ class RunStore:
         """Remembers results of an unfinished run that are about to take their names, so that a resumed run may
         replace them, and only them."""
         if self._lock is not None:
-            sums = {name: file_sha256(path) for name, path in files.items()}
-            write_json(self.folder / RESULTS, known_results(self.folder) | sums)
+            known = known_results(self.folder)  # stay known: a kill before the renames leaves the earlier ones
+            sums = {name: [*known.get(name, ()), file_sha256(path)] for name, path in files.items()}
+            write_json(self.folder / RESULTS, sums)
 
     def clear(self) -> None:
         """Deletes what this program made in the folder, and the folder if nothing else is in it."""
@@ -258,8 +259,8 @@ class RunStore:
             _discard(old)
 
 
-def known_results(folder: Path) -> dict[str, str]:
-    """Sums by name of the results that an interrupted run has left."""
+def known_results(folder: Path) -> dict[str, list[str]]:
+    """Sums by name of the results that an interrupted run has left, or was about to."""
     try:
         return json.loads((folder / RESULTS).read_text())
     except (OSError, ValueError):
@@ -274,7 +275,7 @@ def holds_run(folder: Path) -> bool:
 def is_known(path: Path, folder: Path) -> bool:
     """Whether a file is, to the byte, what the interrupted run of `folder` wrote."""
     known = known_results(folder).get(path.name)
-    return known is not None and path.is_file() and known == file_sha256(path)
+    return known is not None and path.is_file() and file_sha256(path) in known
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ ARGV += [
     "--set",
     "search.short_threshold=-1.0",
     "--set",
-    "search.long_threshold=0.0001",
+    "search.long_threshold=-1.0",
     "--set",
     "search.max_sink_size=9",
 ]
