@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.stream.denoising_steps = (1000, 750, 500, 250)
     config.stream.timestep_shift = 5.0
     config.stream.context_noise = 0.0
+    config.stream.global_sink = True  # whether a prompt switch keeps the sinks
 
     # The search over candidates.
     config.search = ConfigDict()

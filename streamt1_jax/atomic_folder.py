@@ -46,7 +46,7 @@ def atomic_folder(
         _check_room(out, needed_bytes)
         partial = out.parent / f".{out.name}.{_PARTIAL}-{secrets.token_hex(4)}"
         partial.mkdir()
-    with _disk_errors(out, _FULL), _marked(partial):
+    with _disk_errors(out, _FULL), marked(partial):
         try:
             yield partial
             _sync(partial)
@@ -54,7 +54,7 @@ def atomic_folder(
             _move_in(partial, out)
         except BaseException:
             if partial.exists():
-                _remove(partial)
+                remove(partial)
             raise
 
 
@@ -67,7 +67,7 @@ def sweep(parent: Path) -> list[Path]:
     found = []
     for marker in [*parent.glob(f".*.{_PARTIAL}-*/{MARKER}"), *parent.glob(f".*.{_REPLACED}-*/{MARKER}")]:
         with marker.open("a") as file:
-            if not _lock(file):
+            if not lock(file):
                 continue  # Its writer is alive.
             leftover = marker.parent
             final = parent / leftover.name[1:].rsplit(".", 1)[0]
@@ -75,7 +75,7 @@ def sweep(parent: Path) -> list[Path]:
                 leftover.rename(final)
                 (final / MARKER).unlink()
             else:
-                _remove(leftover)
+                remove(leftover)
             found.append(leftover)
     return found
 
@@ -114,7 +114,8 @@ def _disk_errors(out: Path, kinds: tuple[int, ...]) -> Iterator[None]:
         raise
 
 
-def _lock(file: IO) -> bool:
+def lock(file: IO) -> bool:
+    """Whether this process holds the lock of an open file now; it goes when the process does."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -123,10 +124,10 @@ def _lock(file: IO) -> bool:
 
 
 @contextlib.contextmanager
-def _marked(folder: Path) -> Iterator[None]:
+def marked(folder: Path) -> Iterator[None]:
     """Marks a folder as being written by this process; the lock goes when the process does."""
     with (folder / MARKER).open("w") as file:
-        _lock(file)
+        lock(file)
         yield
 
 
@@ -138,7 +139,7 @@ def _move_in(partial: Path, out: Path) -> None:
     """
     if out.exists():
         replaced = out.parent / f".{out.name}.{_REPLACED}-{secrets.token_hex(4)}"
-        with _marked(out):
+        with marked(out):
             out.rename(replaced)
             try:
                 partial.rename(out)
@@ -146,14 +147,14 @@ def _move_in(partial: Path, out: Path) -> None:
                 replaced.rename(out)
                 (out / MARKER).unlink()
                 raise
-            _remove(replaced)
+            remove(replaced)
     else:
         partial.rename(out)
     (out / MARKER).unlink()
     _sync_entry(out.parent)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Deletes a marked folder, the marker last: a kill in the middle leaves something that can still be swept."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():

@@ -70,6 +70,47 @@ def past_of(cache: Cache, chunk: Count, config: RunConfig) -> Past:
     return Past(flat, (filled + cache.appended) * tokens)
 
 
+def sinks_of(cache: Cache, config: RunConfig) -> Past:
+    """The sinks alone, first and appended, once the first ones are there."""
+    fixed = config.stream.sink_chunks + config.stream.window_chunks
+    layers, _, tokens = cache.k.shape[:3]
+
+    def flat(x):
+        sinks = jnp.concatenate([x[:, : config.stream.sink_chunks], x[:, fixed:]], axis=1)
+        return sinks.reshape(layers, -1, *x.shape[3:])
+
+    return Past(KV(flat(cache.k), flat(cache.v)), (config.stream.sink_chunks + cache.appended) * tokens)
+
+
+def rewrite(cache: Cache, kv: KV, *, chunk: Count, sinks: bool, config: RunConfig) -> Cache:
+    """Stores recent chunks anew, in the slots where their numbers belong (SPEC section 9).
+
+    Args:
+        kv: keys (rotated) and values of the chunks up to `chunk - 1`, [L, count * t, N, D].
+        chunk: number of the chunk to come.
+        sinks: the oldest of them become the first sinks, and appended sinks are dropped; else sinks stay.
+    """
+    first, window, f = config.stream.sink_chunks, config.stream.window_chunks, config.stream.latent_frames_per_chunk
+    layers, _, tokens = cache.k.shape[:3]
+    per_chunk = KV(*(x.reshape(layers, -1, tokens, *x.shape[2:]) for x in kv))
+    count = per_chunk.k.shape[1]
+    places = [(first + (chunk - back - first) % window, count - back) for back in range(1, window + 1)]
+    if sinks:
+        places = places[: max(count - first, 0)] + [(jnp.int32(i), i) for i in range(min(first, count))]
+        empty = jnp.arange(config.cache_slots) >= first + window
+        cache = dataclasses.replace(
+            cache, start=jnp.where(empty, EMPTY, cache.start), appended=jnp.zeros_like(cache.appended)
+        )
+        if cache.newest_sink is not None and count >= first:
+            newest = (x[:, first - 1].astype(config.search.sink_dtype) for x in per_chunk)
+            cache = dataclasses.replace(cache, newest_sink=KV(*newest))
+    for slot, i in places:
+        chunk_kv = KV(*(x[:, i] for x in per_chunk))
+        # Its flags stay: they are looked up when it leaves the window.
+        cache = _store(cache, chunk_kv, slot, (chunk - count + i) * f, cache.route[slot])
+    return cache
+
+
 def commit_chunk(
     cache: Cache, kv: KV, *, chunk: Count, route: Int[Array, ""], config: RunConfig
 ) -> tuple[Cache, Evicted]:

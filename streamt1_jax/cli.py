@@ -13,7 +13,6 @@ import traceback
 import typing
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streamt1_jax.cli_bench import add_bench, add_doctor
@@ -22,19 +21,12 @@ from streamt1_jax.cli_score import add_score, reward_overrides
 from streamt1_jax.cli_train import add_train_mini
 from streamt1_jax.config import RunConfig
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, StreamT1Error
-from streamt1_jax.outputs import (
-    SOFTWARE,
-    RunPaths,
-    atomic_write,
-    folder_outputs,
-    make_folder,
-    single_output,
-    write_json,
-)
-from streamt1_jax.settings import Settings, chunks_of, load_settings
+from streamt1_jax.interrupts import Interrupts
+from streamt1_jax.settings import load_settings
 
 if TYPE_CHECKING:
-    from streamt1_jax import ChunkResult, Output, StreamT1Pipeline
+    from streamt1_jax import Output
+    from streamt1_jax.generate import Job
 
 INTERRUPTED = 130
 FAILED = 1
@@ -51,15 +43,16 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; prints at most one line of error."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), Interrupts() as interrupts:
         warnings.showwarning = _show_warning
         try:
             args = _build_parser(convert=argv[:1] == ["convert"]).parse_args(argv)
+            args.interrupts = interrupts
             return args.run(args)
         except SystemExit as leaving:  # argparse after --help
             return int(leaving.code or 0)
-        except KeyboardInterrupt:
-            return _fail("interrupted", INTERRUPTED)
+        except KeyboardInterrupt as stop:
+            return _fail(": ".join(["interrupted", *map(str, stop.args)]), INTERRUPTED)
         except StreamT1Error as error:
             return _fail(str(error), error.exit_code)
         except Exception as error:
@@ -110,13 +103,27 @@ def _add_generate(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         help="make a video from a prompt",
-        description="Makes OUT.mp4, the record of the search OUT.json and its picture OUT.png.",
+        description="Makes OUT.mp4, the record of its search OUT.json, a picture OUT.png, and a page OUT.html.",
     )
     add = parser.add_argument
     add("prompt", nargs="?", help="what the video shows")
-    add("--prompts-file", metavar="FILE", help="one prompt per line instead; --out is then a folder")
+    add(
+        "--prompts-file",
+        metavar="FILE",
+        help="one prompt per line instead, switches below it as `@5.25s prompt`; --out is then a folder",
+    )
     add("--out", required=True, metavar="PATH", help="the video's name, ending in .mp4; with --prompts-file a folder")
     add("--overwrite", action="store_true", help="replace an earlier result of that name")
+    add("--resume", action="store_true", help="go on with a run that was stopped, to the same bits")
+    add("--no-state", action="store_true", help="do not save the state of every chunk: the run cannot be resumed")
+    add(
+        "--switch",
+        action="append",
+        default=[],
+        metavar="TIME=PROMPT",
+        help='show another prompt from then on: 5.25s="a blue square"; repeatable',
+    )
+    add("--live", action="store_true", help="let OUT.live.mp4 grow, to be watched while the video is made")
     add(
         "--checkpoint", default="mini", metavar="DIR", help="a converted checkpoint (default: mini, the embedded model)"
     )
@@ -165,8 +172,12 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 
 
 def _run_generate(args: argparse.Namespace) -> int:
+    from streamt1_jax.generate import generate, plan_jobs
+
     settings = load_settings(args.config, _overrides(args))
-    jobs = _plan_jobs(args)
+    jobs, skipped = plan_jobs(args, settings)
+    if skipped:
+        _show_warning(f"{args.prompts_file}: {skipped} blank lines skipped, {len(jobs)} prompts left")
     if args.devices < 1:
         raise BadInputError(f"--devices is {args.devices}, expected at least 1")
 
@@ -180,24 +191,43 @@ def _run_generate(args: argparse.Namespace) -> int:
         leave_room(settings, args.checkpoint, published)
     enable_compilation_cache()
     jobs = _of_this_host(args, jobs)
+    for job in jobs:
+        if job.finished:
+            print(f"video   {job.paths.video} (finished before)")
+    missing = [job for job in jobs if not job.finished]
+    if not missing:
+        return 0
     if args.devices > 1:
         candidate_mesh(settings.run.search, args.devices)  # before the weights are loaded
     with _memory_advice(settings.run):
         pipe = StreamT1Pipeline.from_pretrained(args.checkpoint, allow_cpu=args.allow_cpu, devices=args.devices)
-        pipe.encode([job.prompt for job in jobs], strict=settings.generate.strict)  # the text encoder is loaded once
+        prompts = [prompt for job in missing for prompt in job.script.prompts]
+        pipe.encode(prompts, strict=settings.generate.strict)  # the text encoder is loaded once
         rewards = (settings.rewards.short, settings.rewards.long)
         if published is not None or settings.rewards.device is not None:
             rewards = make_rewards(settings.rewards, pipe.prompts, published)
         for number, job in enumerate(jobs, start=1):
-            label = f"{number}/{len(jobs)}" if args.prompts_file else job.paths.video.name
-            out = _generate(pipe, job.prompt, settings, rewards, label, forced=args.progress)
-            save_result(out, job.paths, overwrite=args.overwrite)
-            print(f"video   {job.paths.video}\nrecord  {job.paths.record}\ntree    {job.paths.tree}")
-            print(f"weights {out.info['weights']['summary']}", flush=True)
+            if job in missing:
+                label = f"{number}/{len(jobs)}" if args.prompts_file else job.paths.video.name
+                _tell(job, generate(pipe, job, settings, rewards, label, args))
+            if args.interrupts.requested:  # while the last chunk of a video was made, which is complete now
+                raise KeyboardInterrupt
     return 0
 
 
-def _of_this_host(args: argparse.Namespace, jobs: list["_Job"]) -> list["_Job"]:
+def _tell(job: "Job", out: "Output") -> None:
+    """What is there now, a line a file."""
+    for name, path in zip(("video", "record", "tree", "report"), job.paths.results, strict=True):
+        print(f"{name:7} {path}")
+    print(f"weights {out.info['weights']['summary']}")
+    if saving := out.info.get("saving"):
+        print(
+            f"saving  {saving['seconds_per_chunk']:.3f} s a chunk for a state of {saving['state_bytes'] / 1e6:.1f} MB"
+        )
+    sys.stdout.flush()
+
+
+def _of_this_host(args: argparse.Namespace, jobs: list["Job"]) -> list["Job"]:
     """Every N-th prompt, where N machines share them. The machines meet at the start and wait for each other at the
     end; a video is made by one of them alone, so its result does not depend on how many there are."""
     if args.coordinator is None:
@@ -219,76 +249,6 @@ def _of_this_host(args: argparse.Namespace, jobs: list["_Job"]) -> list["_Job"]:
         args.coordinator, num_processes=args.hosts, process_id=args.host, shutdown_timeout_seconds=SHUTDOWN_SECONDS
     )
     return jobs[jax.process_index() :: jax.process_count()]
-
-
-@dataclass(frozen=True)
-class _Job:
-    prompt: str
-    paths: RunPaths
-
-
-def _plan_jobs(args: argparse.Namespace) -> list[_Job]:
-    """What to make and where to put it, every prompt and every path checked."""
-    from streamt1_jax.text import check_prompt, read_prompts_file
-
-    if (args.prompt is None) == (args.prompts_file is None):
-        came = "neither a prompt nor a prompts file" if args.prompt is None else "a prompt and a prompts file"
-        raise BadInputError(
-            f'{came} came, expected one of them: streamt1 generate "a red circle moves right" --out out.mp4'
-        )
-    if args.prompts_file is None:
-        return [_Job(check_prompt(args.prompt), single_output(args.out, overwrite=args.overwrite))]
-    prompts, skipped = read_prompts_file(args.prompts_file)
-    if skipped:
-        _show_warning(f"{args.prompts_file}: {skipped} blank lines skipped, {len(prompts)} prompts left")
-    return [
-        _Job(*job) for job in zip(prompts, folder_outputs(args.out, prompts, overwrite=args.overwrite), strict=True)
-    ]
-
-
-def _generate(
-    pipe: "StreamT1Pipeline", prompt: str, settings: Settings, rewards: Any, label: str, *, forced: bool
-) -> "Output":
-    """One call of the pipeline under a progress bar over its chunks."""
-    from tqdm import tqdm
-
-    asked, run = settings.generate, settings.run
-    frames = asked.num_frames(run.stream)
-    chunks = chunks_of(frames, run.stream)
-    hidden = not (forced or sys.stderr.isatty())
-    with tqdm(total=chunks, desc=label, unit="chunk", disable=hidden, file=sys.stderr) as bar:
-
-        def show(result: "ChunkResult") -> None:
-            bar.set_postfix_str(f"best score {result.chunk.best.score:.3f}", refresh=False)
-            bar.update()
-
-        return pipe(
-            prompt,
-            frames=frames,
-            seed=asked.seed,
-            height=asked.height,
-            width=asked.width,
-            config=run,
-            rewards=rewards,
-            strict=asked.strict,
-            on_chunk=show,
-        )
-
-
-def save_result(out: "Output", paths: RunPaths, *, overwrite: bool) -> None:
-    """Writes the video, its record and the picture of its search: all three or, at a failure, none."""
-    from streamt1_jax.report import save_search_tree
-    from streamt1_jax.video import write_mp4
-
-    make_folder(paths.video.parent)
-    with contextlib.ExitStack() as stack:
-        record, tree, video = (
-            stack.enter_context(atomic_write(path, overwrite=overwrite))
-            for path in (paths.record, paths.tree, paths.video)
-        )
-        write_mp4(video, out.frames, out.fps)
-        write_json(record, {"software": SOFTWARE, **out.info, "trace": out.trace.to_json()})
-        save_search_tree(out.trace, tree)
 
 
 @contextlib.contextmanager

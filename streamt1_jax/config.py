@@ -237,6 +237,7 @@ class StreamConfig:
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
     timestep_shift: float = 5.0
     context_noise: float = 0.0
+    global_sink: bool = True  # at a prompt switch the sinks are kept; False: replaced like the window (SPEC section 9)
 
     def __post_init__(self):
         steps = self.denoising_steps
@@ -275,6 +276,10 @@ class StreamConfig:
                     _is_number(self.context_noise, 0, 1000),
                     f"context_noise is {self.context_noise!r}, expected 0 to 1000",
                 ),
+                (
+                    isinstance(self.global_sink, bool),
+                    f"global_sink is {self.global_sink!r}, expected True or False",
+                ),
             ],
         )
 
@@ -283,9 +288,14 @@ class StreamConfig:
         return self.sink_size // self.latent_frames_per_chunk
 
     @property
+    def local_chunks(self) -> int:
+        """Chunks in `local_attn_size`: as many as a prompt switch can recache."""
+        return self.local_attn_size // self.latent_frames_per_chunk
+
+    @property
     def window_chunks(self) -> int:
         """Past chunks that a chunk attends to beside the sinks."""
-        return (self.local_attn_size - self.sink_size) // self.latent_frames_per_chunk - 1
+        return self.local_chunks - self.sink_chunks - 1
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Noise as a pure function of a seed, and its propagation from chunk to chunk (SPEC section 4)."""
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, UInt32
 
+from streamt1_jax.errors import BadInputError
 from streamt1_jax.types import Chunk, Seed
 
 
@@ -19,6 +21,7 @@ class Draws(NamedTuple):
 
 
 NoiseFn: TypeAlias = Callable[[Seed], Draws]
+NoiseSource: TypeAlias = NoiseFn | Mapping[str, Any] | None  # recorded: "seeds", "noise" and "renoise" by name
 
 
 def gaussian_noise(chunk_shape: tuple[int, int, int, int], num_steps: int) -> NoiseFn:
@@ -69,3 +72,27 @@ def next_seeds(
     beam = jnp.arange(beam_seeds.shape[0], dtype=jnp.uint32)[:, None]
     fresh = seed + 1000 * chunk.astype(jnp.uint32) + 100 * beam + jnp.arange(candidates, dtype=jnp.uint32)
     return fresh.at[:, 0].set(beam_seeds) if propagation else fresh
+
+
+def noise_key(noise: NoiseSource) -> Any:
+    """Equal for equal noise: recorded arrays are constants of the program, so new contents are a new program."""
+    if noise is None or callable(noise):
+        return noise
+    return tuple((key, hashlib.sha256(np.asarray(x).tobytes()).hexdigest()) for key, x in noise.items())
+
+
+def noise_function(noise: NoiseSource, chunk_shape: tuple[int, int, int, int], num_steps: int) -> NoiseFn:
+    """The noise that a caller asked for; Gaussian if None.
+
+    Raises:
+        BadInputError: recorded arrays of which one is missing.
+    """
+    if noise is None:
+        return gaussian_noise(chunk_shape, num_steps)
+    if callable(noise):
+        return noise
+    missing = {"seeds", "noise", "renoise"} - set(noise)
+    if missing:
+        raise BadInputError(f"noise has {sorted(noise)}, expected seeds, noise and renoise: add {sorted(missing)}")
+    arrays = (jnp.asarray(noise[key]) for key in ("seeds", "noise", "renoise"))
+    return recorded_noise(*arrays)

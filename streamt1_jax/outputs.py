@@ -11,12 +11,13 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamt1_jax.errors import BadInputError
+from streamt1_jax.interrupts import uninterrupted
 
 SOFTWARE = "streamt1-jax"  # stands near the start of every record and picture written here
 PROBE_BYTES = 1 << 20  # space that must be free before a run starts
@@ -24,9 +25,14 @@ PROBE_BYTES = 1 << 20  # space that must be free before a run starts
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The three files of one result, side by side."""
+    """The files of one result, side by side, and what a run keeps beside them until it is finished."""
 
     video: Path
+
+    @property
+    def results(self) -> tuple[Path, ...]:
+        """What a finished run leaves."""
+        return self.video, self.record, self.tree, self.report
 
     @property
     def record(self) -> Path:
@@ -36,9 +42,33 @@ class RunPaths:
     def tree(self) -> Path:
         return self.video.with_suffix(".png")
 
+    @property
+    def report(self) -> Path:
+        return self.video.with_suffix(".html")
 
-def single_output(out: str | Path, *, overwrite: bool = False) -> RunPaths:
+    @property
+    def live(self) -> Path:
+        """The video while it grows."""
+        return self.video.with_suffix(".live.mp4")
+
+    @property
+    def resume(self) -> Path:
+        """The folder of saved states."""
+        return self.video.with_suffix(".resume")
+
+
+def _never(path: Path) -> bool:
+    return False
+
+
+def single_output(
+    out: str | Path, *, overwrite: bool = False, replaceable: Callable[[Path], bool] = _never
+) -> RunPaths:
     """The files of one video, after every check that can be made before it exists.
+
+    Args:
+        overwrite: results that stand there may be replaced.
+        replaceable: whether a file that stands there may be, without `overwrite`.
 
     Raises:
         BadInputError: a name that does not end in .mp4; a folder that is missing, read-only or full; a file in the way.
@@ -50,11 +80,17 @@ def single_output(out: str | Path, *, overwrite: bool = False) -> RunPaths:
         raise BadInputError(f"the output {str(video)!r} {what}, expected a video's name: --out NAME.mp4")
     _check_folder(video.parent)
     paths = RunPaths(video)
-    _check_files(paths, overwrite)
+    _check_files(paths, overwrite, replaceable)
     return paths
 
 
-def folder_outputs(out: str | Path, prompts: Sequence[str], *, overwrite: bool = False) -> list[RunPaths]:
+def folder_outputs(
+    out: str | Path,
+    prompts: Sequence[str],
+    *,
+    overwrite: bool = False,
+    replaceable: Callable[[Path], bool] = _never,
+) -> list[RunPaths]:
     """The files of one video per prompt in folder `out`, after the same checks. The folder need not exist yet.
 
     Names are an index and a hash, never text of a prompt: `0003-1a2b3c4d.mp4` belongs to the fourth prompt.
@@ -69,7 +105,7 @@ def folder_outputs(out: str | Path, prompts: Sequence[str], *, overwrite: bool =
     )
     outputs = [RunPaths(folder / name) for name in names]
     for paths in outputs:
-        _check_files(paths, overwrite)
+        _check_files(paths, overwrite, replaceable)
     return outputs
 
 
@@ -108,10 +144,10 @@ def _check_folder(folder: Path) -> None:
         raise _write_error(folder, error) from error
 
 
-def _check_files(paths: RunPaths, overwrite: bool) -> None:
-    for path in (paths.video, paths.record, paths.tree):
+def _check_files(paths: RunPaths, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
+    for path in paths.results:
         try:
-            _check_file(path, overwrite, named=path == paths.video)
+            _check_file(path, overwrite or replaceable(path), named=path == paths.video)
         except OSError as error:  # a name too long, a folder that cannot be searched
             raise _write_error(path, error) from error
 
@@ -131,15 +167,25 @@ def _check_file(path: Path, overwrite: bool, *, named: bool) -> None:
     if not path.stat().st_mode & 0o222 or not os.access(path, os.W_OK):
         raise BadInputError(f"the output {str(path)!r} is read-only: make it writable or name another with --out")
     # The user named the video, so --overwrite means it. Its neighbours only share the name.
-    if not named and not _made_here(path):
+    if not named and not made_here(path):
         raise BadInputError(
             f"the output {str(path)!r} exists and was not made by {SOFTWARE}: move it or name another with --out"
         )
 
 
-def _made_here(path: Path) -> bool:
+def made_here(path: Path) -> bool:
+    """Whether a file says near its start that this program wrote it."""
     with path.open("rb") as file:
         return SOFTWARE.encode() in file.read(4096)
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """What the disk says as one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise _write_error(path, error) from error
 
 
 def _write_error(path: Path, error: OSError) -> BadInputError:
@@ -161,33 +207,48 @@ def atomic_write(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.stem[:32]}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # a full or failing disk may say so only here
-        if not overwrite and (path.exists() or path.is_symlink()):
-            raise BadInputError(
-                f"the output {str(path)!r} appeared meanwhile: name another with --out, or use --overwrite"
-            )
-        temporary.replace(path)
-    except OSError as error:
-        raise _write_error(path, error) from error
+        with write_errors(path):
+            yield temporary
+            bring_to_disk(temporary)
+            if not overwrite:
+                refuse_existing(path)
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with uninterrupted():
+            temporary.unlink(missing_ok=True)
+
+
+def bring_to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())  # a full or failing disk may say so only here
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises `BadInputError` where something stands at `path` that was not there when the run began."""
+    if path.exists() or path.is_symlink():
+        raise BadInputError(f"the output {str(path)!r} appeared meanwhile: name another with --out, or use --overwrite")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | Path, data: Any, *, overwrite: bool = True) -> None:
     """Writes `data` as JSON; NaN and infinities become null, since JSON has neither."""
     with atomic_write(path, overwrite=overwrite) as temporary:
         temporary.write_text(
-            json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+            json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
         )
 
 
-def _plain(data: Any) -> Any:
+def plain(data: Any) -> Any:
+    """As JSON can hold it."""
     if isinstance(data, dict):
-        return {str(key): _plain(value) for key, value in data.items()}
+        return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_plain(value) for value in data]
+        return [plain(value) for value in data]
     if hasattr(data, "item") and getattr(data, "ndim", 0) == 0:  # a NumPy or JAX number
         data = data.item()
     if isinstance(data, float) and math.isinf(data):

@@ -81,7 +81,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._shard:
-            with _orbax() as (ocp, checkpointer):
+            with orbax() as (ocp, checkpointer):
                 checkpointer.save(self._folder / _shard_name(self._count), args=ocp.args.PyTreeSave(self._shard))
             self._shard = {}
             self._count += 1
@@ -137,7 +137,7 @@ def read_shards(folder: Path, entry: dict[str, Any], dtype: Any) -> Iterator[tup
 
 
 def _restore(folder: Path, paths: list[str]) -> dict[str, np.ndarray]:
-    with _orbax() as (ocp, checkpointer):
+    with orbax() as (ocp, checkpointer):
         # As numpy arrays of the stored type: asked for a type, Orbax casts silently.
         how = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths}
         return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=how))
@@ -148,7 +148,7 @@ def _shard_name(index: int) -> str:
 
 
 @contextlib.contextmanager
-def _orbax() -> Iterator[tuple[Any, Any]]:
+def orbax() -> Iterator[tuple[Any, Any]]:
     """Orbax and a checkpointer that writes plain files: one file a parameter, named by it, not compressed.
 
     (Compression saves a fifth of bfloat16 weights and takes longer than the disk.)

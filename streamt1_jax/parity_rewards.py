@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.parity import Comparison, close, equal
+from streamt1_jax.recorded_case import Comparison, close, equal
 from streamt1_jax.rewards.frames import sample_frames
 from streamt1_jax.rewards.model_settings import HPSV3, MODELS, VIDEOREWARD
 from streamt1_jax.rewards.published import PublishedRewards

@@ -1,15 +1,11 @@
 """The friendly shell around the pure search: prompts in, videos out."""
 
 import dataclasses
-import hashlib
-import itertools
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,46 +13,33 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from streamt1_jax import __version__
 from streamt1_jax.config import RunConfig, SearchConfig
-from streamt1_jax.errors import BadInputError, RewardError
+from streamt1_jax.errors import BadInputError
 from streamt1_jax.generator import Conditioning, Generator, wan_generator
 from streamt1_jax.models.attention import attention_path
 from streamt1_jax.models.umt5 import encode_prompt
 from streamt1_jax.networks import network_graph
-from streamt1_jax.noise import NoiseFn, gaussian_noise, recorded_noise
-from streamt1_jax.result import ChunkResult, Output, beam_frames, beam_latents, to_chunk
+from streamt1_jax.noise import NoiseSource, noise_function, noise_key
+from streamt1_jax.result import ChunkResult, Output, beam_frames, beam_latents, digests
 from streamt1_jax.rewards import PromptTable, Reward, resolve
+from streamt1_jax.run_info import environment, fingerprint, normal
+from streamt1_jax.run_store import RunStore, Saved
+from streamt1_jax.segments import first_frame, plan_switches
+from streamt1_jax.session import CallSettings, Request, VideoStream
 from streamt1_jax.settings import check_seed, check_size, chunks_of, legal_frames
 from streamt1_jax.sharding import candidate_mesh, place
-from streamt1_jax.state import ChunkRecord
-from streamt1_jax.stream import Search, init_state, score_video, stream_chunks
+from streamt1_jax.stream import Search, place_state, score_video
 from streamt1_jax.text import Tokenizer, check_prompt
 from streamt1_jax.trace import Trace
 from streamt1_jax.weights import Weights, default_dtype, find_weights
 
 FPS = 16
-ENDLESS_CHUNKS = 40  # an endless stream fuses its scores as a 30-second video does, the longest of the paper
 FULL_SIZE = 5e8  # DiT parameters from which a CPU needs hours a video
-
-NoiseSource = NoiseFn | Mapping[str, Any] | None
 
 
 @jax.jit(static_argnames="generator")
 def _prepare(generator: Generator, params, prompt_embeds, prompt_index) -> Conditioning:
     return generator.prepare(params, prompt_embeds, prompt_index)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One checked call."""
-
-    prompt: str
-    seed: int
-    chunks: int | None  # None: endless
-    config: RunConfig
-    search: Search
-    conditioning: Conditioning
 
 
 class StreamT1Pipeline:
@@ -88,6 +71,7 @@ class StreamT1Pipeline:
         self._embeds: dict[str, np.ndarray] = {}
         self._generators: dict[Any, Generator] = {}
         self._searches: dict[Any, Search] = {}
+        self._stream: weakref.ref[VideoStream] | None = None  # the last one begun
 
     @classmethod
     def from_pretrained(
@@ -145,8 +129,9 @@ class StreamT1Pipeline:
         *,
         seconds: float | None = None,
         frames: int | None = None,
-        on_chunk: Callable[[ChunkResult], None] | None = None,
-        **settings: Any,
+        on_chunk: Callable[[ChunkResult], bool | None] | None = None,
+        store: RunStore | None = None,
+        **settings: Unpack[CallSettings],
     ) -> Output:
         """Makes one video.
 
@@ -154,26 +139,79 @@ class StreamT1Pipeline:
             prompt: what to show.
             seconds: length at 16 frames/s, the nearest legal one; 5 where neither length is given.
             frames: length in pixel frames, 12k - 3.
-            on_chunk: called with each `ChunkResult`.
-            **settings: the other arguments of `stream`.
+            on_chunk: called with each `ChunkResult`; where it returns True, the video ends with that chunk.
+            store: keeps the state of every chunk, and goes on from what it holds.
+            **settings: see `CallSettings`.
 
         Raises:
-            BadInputError: a bad prompt, length, size, seed or setting.
+            BadInputError: a bad prompt, length, size, seed or setting; or a store that holds another run.
             RewardError: a reward raised, or no candidate of a chunk has a finite score.
         """
         if seconds is None and frames is None:
             seconds = 5.0
         started = time.perf_counter()
         request = self._request(prompt, seconds=seconds, frames=frames, **settings)
-        assert request.chunks is not None
-        results = []
-        for result in itertools.islice(self._run(request), request.chunks):
+        saved = store.open(self._identity(request), environment(), request.initial_state) if store else None
+        stream = self._open(request, saved)
+        results: list[ChunkResult] = []
+        for result in saved.results(request) if saved else ():
             results.append(result)
             if on_chunk is not None:
                 on_chunk(result)
-        return self._finish(request, results, started)
+        for result in stream:
+            results.append(result)
+            if store is not None:
+                store.save(stream.committed, stream.state, result)
+            if on_chunk is not None and on_chunk(result):
+                break
+        output = self._finish(request, stream, results, started)
+        if store is not None:
+            output.info["saving"] = store.cost()
+        return output
 
     def stream(
+        self,
+        prompt: str,
+        *,
+        seconds: float | None = None,
+        frames: int | None = None,
+        **settings: Unpack[CallSettings],
+    ) -> VideoStream:
+        """Chunk after chunk as they are committed; endless where neither length is given.
+
+        Args:
+            seconds, frames: a length, as in a call of the pipeline.
+            **settings: see `CallSettings`.
+
+        Raises:
+            BadInputError: a bad prompt, length, size, seed or setting.
+        """
+        return self._open(self._request(prompt, seconds=seconds, frames=frames, **settings))
+
+    def switch_prompt(self, prompt: str) -> None:
+        """Shows another prompt from the next chunk on, in the stream begun last (`VideoStream.switch_prompt`).
+
+        Raises:
+            BadInputError: a prompt that cannot be used, or no stream is open.
+        """
+        stream = self._stream and self._stream()
+        if stream is None or not stream.open:
+            raise BadInputError("no stream is open, expected one to switch: start it with pipe.stream(prompt)")
+        stream.switch_prompt(prompt)
+
+    def _open(self, request: Request, saved: Saved | None = None) -> VideoStream:
+        def condition(prompt: str) -> Conditioning:
+            (embeds,) = self.encode([prompt])
+            index = jnp.int32(self.prompts.add(prompt))
+            return _prepare(request.search.generator, self.params, embeds, index)
+
+        state = place_state(request.search, saved.state) if saved else request.initial_state()
+        committed = saved.committed if saved else 0
+        stream = VideoStream(request, self.params, condition, state, committed=committed)
+        self._stream = weakref.ref(stream)
+        return stream
+
+    def _request(
         self,
         prompt: str,
         *,
@@ -187,52 +225,9 @@ class StreamT1Pipeline:
         rewards: tuple[str | Reward, str | Reward] = ("native", "native"),
         noise: NoiseSource = None,
         strict: bool = False,
-    ) -> Iterator[ChunkResult]:
-        """Chunk after chunk as they are committed; endless where neither length is given.
-
-        The frames of a chunk are those of the beam that is best then. With several beams a later chunk can
-        belong to another beam; the video of one beam is what a call of the pipeline returns.
-
-        Args:
-            seed: 0 to 2^32 - 1; the same seed makes the same video.
-            height, width: pixels, multiples of 16; the size the weights were made for if None.
-            config: stream and search settings; the released ones if None.
-            search: replaces `config.search`.
-            rewards: short and long: "native", "package.module:Name" or a `Reward`.
-            noise: a function from a seed to `Draws`, or recorded arrays `{"seeds", "noise", "renoise"}`.
-            strict: a prompt that is too long is an error.
-        """
-        request = self._request(
-            prompt,
-            seconds=seconds,
-            frames=frames,
-            seed=seed,
-            height=height,
-            width=width,
-            config=config,
-            search=search,
-            rewards=rewards,
-            noise=noise,
-            strict=strict,
-        )
-        return itertools.islice(self._run(request), request.chunks)
-
-    def _request(
-        self,
-        prompt: str,
-        *,
-        seconds: float | None,
-        frames: int | None,
-        seed: int = 42,
-        height: int | None = None,
-        width: int | None = None,
-        config: RunConfig | None = None,
-        search: SearchConfig | None = None,
-        rewards: tuple[str | Reward, str | Reward] = ("native", "native"),
-        noise: NoiseSource = None,
-        strict: bool = False,
-    ) -> _Request:
-        """Checks everything first, then encodes the prompt."""
+        switches: Mapping[float, str] | Sequence[tuple[float, str]] = (),
+    ) -> Request:
+        """Checks everything first, then encodes the prompts."""
         check_prompt(prompt)
         seed = check_seed(seed)
         trained = (self.config.height, self.config.width)
@@ -240,22 +235,24 @@ class StreamT1Pipeline:
         config = config or RunConfig()
         if search is not None:
             config = dataclasses.replace(config, search=search)
-        chunks = None
+        chunks, factor = None, self.config.vae.time_factor
         if seconds is not None or frames is not None:
-            f, factor = config.stream.latent_frames_per_chunk, self.config.vae.time_factor
+            f = config.stream.latent_frames_per_chunk
             length = legal_frames(
                 frames=frames, seconds=seconds, latent_frames_per_chunk=f, fps=FPS, time_factor=factor
             )
             chunks = chunks_of(length, config.stream, time_factor=factor)
+        segments = plan_switches(switches, config.stream, chunks, fps=FPS, time_factor=factor)
         made = self._search(config, height or trained[0], width or trained[1], rewards, noise)
         self.params = place(made.mesh, self.params)
-        (embeds,) = self.encode([prompt], strict=strict)
-        index = jnp.int32(self.prompts.add(prompt))
-        return _Request(prompt, seed, chunks, config, made, _prepare(made.generator, self.params, embeds, index))
+        short, long = (reward if isinstance(reward, str) else reward.name for reward in rewards)
+        request = Request(prompt, segments, seed, chunks, made, (short, long))
+        self.encode(request.prompts, strict=strict)
+        return request
 
     def _search(self, config: RunConfig, height: int, width: int, rewards, noise: NoiseSource) -> Search:
         """One `Search` for all calls that share its settings, so that the second compiles nothing."""
-        key = (config, height, width, tuple(rewards), _noise_key(noise))
+        key = (config, height, width, tuple(rewards), noise_key(noise))
         if key not in self._searches:
             size = (config.stream, height, width)
             if size not in self._generators:
@@ -266,42 +263,56 @@ class StreamT1Pipeline:
                 for reward, role in zip(rewards, ("short", "long"), strict=True)
             )
             mesh = candidate_mesh(config.search, self.devices) if self.devices > 1 else None
-            self._searches[key] = Search(generator, short, long, _noise_fn(noise, generator, config), config, mesh)
+            draws = noise_function(noise, generator.chunk_shape, len(config.stream.denoising_steps))
+            self._searches[key] = Search(generator, short, long, draws, config, mesh)
         return self._searches[key]
 
-    def _run(self, request: _Request) -> Iterator[ChunkResult]:
-        search = request.search
-        state = init_state(search, request.seed, request.chunks or ENDLESS_CHUNKS)
-        chunks = stream_chunks(search, self.params, request.conditioning, state)
-        for index in itertools.count():
-            started = time.perf_counter()
-            _, on_device = next(chunks)
-            record = jax.device_get(on_device)  # the one synchronisation of a chunk
-            chunk = to_chunk(record, index, request.config, time.perf_counter() - started)
-            _check(search, record, index)
-            yield ChunkResult(record.frames[0], chunk, record)
-
-    def _finish(self, request: _Request, results: Sequence[ChunkResult], started: float) -> Output:
+    def _finish(self, request: Request, stream: VideoStream, results: Sequence[ChunkResult], started: float) -> Output:
         """The whole video of every kept beam is scored once more, and the best is the result (SPEC section 5)."""
         records = [result.record for result in results]
-        trace = Trace(tuple(result.chunk for result in results))
-        beams = len(records[-1].kept)
-        videos = [beam_frames(trace, records, beam) for beam in range(beams)]
-        scores = [score_video(request.search.long, video, request.conditioning.prompt_index) for video in videos]
+        trace = Trace(tuple(result.chunk for result in results), switches=tuple(stream.switches))
+        videos = [beam_frames(trace, records, beam) for beam in range(len(records[-1].kept))]
+        trace = dataclasses.replace(trace, final_scores=tuple(self._final_score(request, trace, v) for v in videos))
         request.search.long.raise_if_failed()
-        trace = dataclasses.replace(trace, final_scores=tuple(scores))
-        latents = beam_latents(trace, records, trace.winner)
-        info = self._info(request, trace, latents, started)
+        latents, video = beam_latents(trace, records, trace.winner), videos[trace.winner]
+        info = self._info(request, trace, started) | {
+            "latent_frames": len(latents),
+            "complete": len(results) == request.chunks,
+            "sha256": digests(latents, video),
+        }
         long = request.search.long
-        if long.explain is not None:  # what the score was made of, with the frames and the rate that it depends on
-            info["final_reward"] = long.explain(videos[trace.winner], request.prompt, float(FPS))
-        return Output(videos[trace.winner], latents, trace, FPS, info)
+        if (
+            long.explain is not None and len(request.prompts) == 1
+        ):  # what the score was made of, with the frames and the rate that it depends on
+            info["final_reward"] = long.explain(video, request.prompt, float(FPS))
+        return Output(video, latents, trace, FPS, info)
 
-    def _info(self, request: _Request, trace: Trace, latents: np.ndarray, started: float) -> dict[str, Any]:
+    def _final_score(self, request: Request, trace: Trace, video: np.ndarray) -> float:
+        """Of one beam's video; where the prompt changes, the mean over its parts, each by its own prompt."""
+        shown = [(0, request.prompt), *((switch.chunk, switch.prompt) for switch in trace.switches)]
+        starts = [first_frame(chunk, request.config.stream, self.config.vae.time_factor) for chunk, _ in shown]
+        parts = zip(starts, [*starts[1:], len(video)], shown, strict=True)
+        total = 0.0
+        for begin, end, (_, prompt) in parts:
+            score = score_video(request.search.long, video[begin:end], jnp.int32(self.prompts.add(prompt)))
+            total += score * (end - begin) / len(video)
+        return total
+
+    def _identity(self, request: Request) -> dict[str, Any]:
+        """All that the bits of a run depend on, but for the machine."""
+        height, width = request.search.generator.frame_shape
+        made_with = {
+            "size": {"height": height, "width": width},
+            "dtype": jnp.dtype(self.dtype).name,
+            "weights": self.weights.describe(),
+        }
+        return request.asked() | normal(made_with)
+
+    def _info(self, request: Request, trace: Trace, started: float) -> dict[str, Any]:
         search = request.search
-        device = jax.devices()[0]
         return {
             "prompt": request.prompt,
+            "switches": [dataclasses.asdict(switch) for switch in trace.switches],
             "seed": request.seed,
             "history_seeds": [c.seed for c in trace.winning_path()],
             "config": dataclasses.asdict(request.config),
@@ -311,14 +322,12 @@ class StreamT1Pipeline:
                 reward.name: dict(reward.about) for reward in (search.short, search.long) if reward.about
             },
             "size": {"height": search.generator.frame_shape[0], "width": search.generator.frame_shape[1]},
-            "latent_frames": len(latents),
             "fps": FPS,
             "dtype": jnp.dtype(self.dtype).name,
             "attention": attention_path(self.dtype),
             "weights": self.weights.describe(),
-            "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-            "versions": {"streamt1-jax": __version__}
-            | {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+            "asked": fingerprint(request.asked()),
+            **environment(),
             "seconds": {
                 "total": time.perf_counter() - started,
                 "chunks": [chunk.seconds for chunk in trace.chunks],  # compilation is in the first two
@@ -329,38 +338,3 @@ class StreamT1Pipeline:
 @jax.jit(static_argnames="graphdef")
 def _encode(graphdef, params, ids, mask):
     return encode_prompt(nnx.merge(graphdef, params), ids, mask)
-
-
-def _noise_key(noise: NoiseSource) -> Any:
-    """Equal for equal noise: recorded arrays are constants of the program, so new contents are a new program."""
-    if noise is None or callable(noise):
-        return noise
-    return tuple((key, hashlib.sha256(np.asarray(x).tobytes()).hexdigest()) for key, x in noise.items())
-
-
-def _noise_fn(noise: NoiseSource, generator: Generator, config: RunConfig) -> NoiseFn:
-    if noise is None:
-        return gaussian_noise(generator.chunk_shape, len(config.stream.denoising_steps))
-    if callable(noise):
-        return noise
-    missing = {"seeds", "noise", "renoise"} - set(noise)
-    if missing:
-        raise BadInputError(f"noise has {sorted(noise)}, expected seeds, noise and renoise: add {sorted(missing)}")
-    arrays = (jnp.asarray(noise[key]) for key in ("seeds", "noise", "renoise"))
-    return recorded_noise(*arrays)
-
-
-def _check(search: Search, record: ChunkRecord, index: int) -> None:
-    """What went wrong inside the compiled step surfaces here, after the chunk."""
-    for reward in (search.short, search.long):
-        reward.raise_if_failed()
-    bad = int((~record.usable).sum())
-    if bad == record.usable.size:
-        raise RewardError(
-            f"no candidate of chunk {index} has finite latents and scores: the rewards {search.short.name} and "
-            f"{search.long.name} gave {record.short.tolist()} and {record.long.tolist()}"
-        )
-    if bad:
-        warnings.warn(
-            f"{bad} of {record.usable.size} candidates of chunk {index} are not finite and were not kept", stacklevel=3
-        )

@@ -1,5 +1,6 @@
 """What a run gives back, on the host: frames, the record of the search, and what made them."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from streamt1_jax.cache import EMPTY
 from streamt1_jax.config import RunConfig
 from streamt1_jax.sink import Route
 from streamt1_jax.state import ChunkRecord
-from streamt1_jax.trace import Candidate, Chunk, Trace
+from streamt1_jax.trace import Candidate, Chunk, RouteName, Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,23 @@ class ChunkResult:
     frames: UInt8[np.ndarray, "T H W 3"]  # of the beam that is best so far
     chunk: Chunk  # every candidate
     record: ChunkRecord  # the same as arrays, latents and frames of all kept beams among them
+    prompt: str  # what it shows
+    restored: bool = False  # it was made before, by a run that this one resumes
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All of them, in the order tried."""
+        return self.chunk.candidates
+
+    @property
+    def routes(self) -> tuple[tuple[int, RouteName] | None, ...]:
+        """Per kept beam: the chunk that left its window, and where it went."""
+        return self.chunk.evicted
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the chunk."""
+        return self.chunk.seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,3 +106,9 @@ def beam_frames(trace: Trace, records: Sequence[ChunkRecord], beam: int) -> UInt
 def beam_latents(trace: Trace, records: Sequence[ChunkRecord], beam: int) -> Float[np.ndarray, "F C h w"]:
     """The latents of one kept beam's whole history."""
     return np.concatenate([r.latents[c.kept] for r, c in zip(records, trace.history(beam), strict=True)])
+
+
+def digests(latents: np.ndarray, frames: np.ndarray) -> dict[str, str]:
+    """The sha256 of a video's numbers: equal for runs that are equal to the bit."""
+    arrays = {"latents": latents, "frames": frames}
+    return {name: hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for name, array in arrays.items()}

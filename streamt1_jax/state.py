@@ -22,6 +22,7 @@ class Beam:
     short_sum: Float[Array, "*B"]  # sum of the short scores of all its chunks
     short_recent: Float[Array, "*B recent"]  # ring of its last short scores, for `short_mean_window`
     long: Float[Array, "*B"]  # long score of its last chunk
+    latents: Float[Array, "*B local f C h w"]  # its last chunks, oldest first: what a prompt switch recaches
 
 
 @jax.tree_util.register_dataclass

@@ -8,81 +8,31 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from collections.abc import Generator as Coroutine
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped, UInt8, UInt32
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from streamt1_jax.cache import commit_chunk, empty_cache, past_of
 from streamt1_jax.config import RunConfig
-from streamt1_jax.generator import Conditioning, Generator
+from streamt1_jax.generator import Conditioning
+from streamt1_jax.judge import judge, remember_short
 from streamt1_jax.models.dit import KV
-from streamt1_jax.noise import NoiseFn, first_seeds, next_seeds, propagate
-from streamt1_jax.pruning import fuse, fusion_weight, keep_best
-from streamt1_jax.rewards.base import OK, Reward, Verdict
-from streamt1_jax.sharding import BEAMS, CANDIDATES, along, of_own_candidates, place
-from streamt1_jax.sink import flags_to_route, sink_flags
+from streamt1_jax.noise import first_seeds, next_seeds, propagate
+from streamt1_jax.pruning import keep_best
+from streamt1_jax.rewards.base import Reward, Verdict
+from streamt1_jax.search import Candidates, Scores, Search, Winners
+from streamt1_jax.sharding import BEAMS, CANDIDATES, along, place
+from streamt1_jax.sink import flags_to_route
 from streamt1_jax.state import Beam, ChunkRecord, StreamState
-from streamt1_jax.types import Count
-from streamt1_jax.window import RedecodedWindow, Seen, StreamingWindow, make_window, to_pixels
+from streamt1_jax.switch import jitted_recache, recache
+from streamt1_jax.window import Seen, to_pixels
 
 THUMBNAIL_WIDTH = 96  # pixels, at most about this
-
-
-@dataclass(frozen=True, eq=False)
-class Search:
-    """All that is fixed while a program runs. Hashed by identity: keep one, or every call compiles anew."""
-
-    generator: Generator
-    short: Reward
-    long: Reward
-    noise: NoiseFn
-    config: RunConfig
-    mesh: Mesh | None = None  # devices that share the candidates; None: one device
-
-    @property
-    def window(self) -> StreamingWindow | RedecodedWindow:
-        return make_window(self.generator, self.config.search, self.long.pixels, self.mesh)
-
-
-class Candidates(NamedTuple):
-    """What `propose` makes."""
-
-    seed: UInt32[Array, "B K"]
-    noise: Float[Array, "B K f C h w"]  # what denoising started from
-    latents: Float[Array, "B K f C h w"]  # the clean chunk
-
-
-class Scores(NamedTuple):
-    """What `judge` says."""
-
-    short: Float[Array, "B K"]
-    long: Float[Array, "B K"]
-    fused: Float[Array, "B K"]
-    alpha: Float[Array, ""]
-    ema: Bool[Array, "B K"]
-    append: Bool[Array, "B K"]
-    usable: Bool[Array, "B K"]  # latents and score are finite
-    failed: Bool[Array, "B K"]  # a reward raised
-
-
-class Winners(NamedTuple):
-    """What `select` keeps, best first; every leaf [B, ...]."""
-
-    flat: Int[Array, " B"]  # beam * K + candidate
-    parent: Beam
-    candidate: Candidates
-    short: Float[Array, " B"]
-    long: Float[Array, " B"]
-    route: Int[Array, " B"]  # the Route for when the chunk leaves the window
-    frames: Float[Array, "B T H W 3"]  # as the short reward saw them
-    window: PyTree  # next `Beam.window`
-    decoder: PyTree | None  # next `Beam.decoder`, where watching has advanced it
 
 
 def init_state(search: Search, seed: int, total_chunks: int) -> StreamState:
@@ -103,15 +53,22 @@ def init_state(search: Search, seed: int, total_chunks: int) -> StreamState:
         short_sum=jnp.float32(0),
         short_recent=jnp.zeros((recent,), jnp.float32),
         long=jnp.float32(0),
+        latents=jnp.zeros((search.config.stream.local_chunks, *search.generator.chunk_shape), jnp.float32),
     )
-    beams_of_all = jax.tree.map(lambda x: jnp.broadcast_to(x, (beams, *x.shape)), beam)
-    numbers = {
-        "chunk": jnp.int32(0),
-        "window_count": jnp.int32(0),
-        "seed": jnp.uint32(seed),
-        "total_frames": jnp.int32(total_chunks * search.config.stream.latent_frames_per_chunk),
-    }
-    return StreamState(beams=place(search.mesh, beams_of_all, BEAMS), **place(search.mesh, numbers))
+    state = StreamState(
+        beams=jax.tree.map(lambda x: jnp.broadcast_to(x, (beams, *x.shape)), beam),
+        chunk=jnp.int32(0),
+        window_count=jnp.int32(0),
+        seed=jnp.uint32(seed),
+        total_frames=jnp.int32(total_chunks * search.config.stream.latent_frames_per_chunk),
+    )
+    return place_state(search, state)
+
+
+def place_state(search: Search, state: StreamState) -> StreamState:
+    """A state of arrays that exist, on the devices of the search: its beams along them, the rest on each."""
+    numbers = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "beams"}
+    return StreamState(beams=place(search.mesh, state.beams, BEAMS), **place(search.mesh, numbers))
 
 
 def _call(stage: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -182,43 +139,6 @@ def watch(search: Search, params: PyTree, state: StreamState, candidates: Candid
         return seen._replace(**along(search.mesh, of_candidate, BEAMS, CANDIDATES))
 
 
-def judge(
-    search: Search, conditioning: Conditioning, state: StreamState, candidates: Candidates, seen: Seen, *, first: bool
-) -> Scores:
-    """Asks both rewards and fuses what they say; fixes the flags for the day of eviction (SPEC sections 5 and 6)."""
-    with jax.named_scope("judge"):
-        shown = _evenly(seen.chunk, search.config.search.short_reward_frames)
-        short, short_failed = _ask(search, search.short, shown, shown.shape[2], conditioning)
-        long, long_failed = _ask(search, search.long, seen.long, seen.long_valid, conditioning)
-        f = search.config.stream.latent_frames_per_chunk
-        alpha = fusion_weight(state.chunk * f, state.total_frames, f, search.config.search.short_score_fusion_cap)
-        fused = fuse(short, long, alpha)
-        usable = jnp.isfinite(fused) & jnp.isfinite(candidates.latents).all(axis=(2, 3, 4, 5))
-        ema, append = _flags(search, state, short, long, first=first)
-        return Scores(short, long, fused, alpha, ema, append, usable, short_failed | long_failed)
-
-
-def _evenly(video: Float[Array, "B K T H W 3"], count: int | None) -> Float[Array, "B K t H W 3"]:
-    """At most `count` frames, evenly spaced from the first to the last; one alone is the middle one."""
-    frames = video.shape[2]
-    if count is None or count >= frames:
-        return video
-    chosen = np.round(np.linspace(0, frames - 1, count)).astype(int) if count > 1 else np.array([frames // 2])
-    return video[:, :, chosen]
-
-
-def _ask(
-    search: Search, reward: Reward, video: Shaped[Array, "B K T H W 3"], valid: int | Count, conditioning: Conditioning
-) -> tuple[Float[Array, "B K"], Bool[Array, "B K"]]:
-    """(scores, failed) of all candidates in one call; on the host in one a device."""
-    beams, count, *rest = video.shape
-    n = beams * count
-    flat = to_pixels(video, reward.pixels).reshape(n, *rest)
-    call = reward.call if reward.runs_on == "jax" else of_own_candidates(search.mesh, reward.call)
-    verdict = call(flat, jnp.full((n,), valid, jnp.int32), conditioning.prompt_index)
-    return verdict.scores.reshape(beams, count), (verdict.status != OK).reshape(beams, count)
-
-
 def select(search: Search, state: StreamState, candidates: Candidates, seen: Seen, scores: Scores) -> Winners:
     """The best B of all B * K candidates, each beside the beam that it continues."""
     with jax.named_scope("select"):
@@ -279,8 +199,9 @@ def commit(
             noise=winners.candidate.noise,
             seed=winners.candidate.seed,
             short_sum=parent.short_sum + winners.short,
-            short_recent=_remember_short(parent.short_recent, winners.short, state.chunk),
+            short_recent=remember_short(parent.short_recent, winners.short, state.chunk),
             long=winners.long,
+            latents=jnp.concatenate([parent.latents[:, 1:], winners.candidate.latents[:, None]], axis=1),
         )
         _, window_count = search.window.next_count(state, first=first)
         beams = along(search.mesh, beams, BEAMS)
@@ -305,23 +226,6 @@ def commit(
         )
 
 
-def _flags(search: Search, state: StreamState, short, long, *, first: bool):
-    """(EMA, APPEND) of every candidate; the first chunk is a sink already and has neither."""
-    if first:
-        return jnp.zeros(short.shape, bool), jnp.zeros(short.shape, bool)
-    window = search.config.search.short_mean_window
-    if window is None:
-        mean = state.beams.short_sum / state.chunk.astype(jnp.float32)
-    else:
-        mean = state.beams.short_recent.sum(axis=1) / jnp.minimum(state.chunk, window).astype(jnp.float32)
-    return sink_flags(short, mean[:, None], long, state.beams.long[:, None], search.config.search)
-
-
-def _remember_short(recent: Float[Array, "B recent"], short: Float[Array, " B"], chunk) -> Float[Array, "B recent"]:
-    size = recent.shape[1]
-    return recent if size == 0 else recent.at[:, chunk % size].set(short)
-
-
 def _appended_starts(state: StreamState, config: RunConfig) -> Int[Array, "B appended"]:
     fixed = config.stream.sink_chunks + config.stream.window_chunks
     return state.beams.cache.start[:, fixed:]
@@ -334,18 +238,36 @@ def _thumbnails(frames: Float[Array, "B K T H W 3"]) -> UInt8[Array, "B K th tw 
 
 
 def rollout(
-    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, num_chunks: int
+    search: Search,
+    params: PyTree,
+    conditioning: Conditioning,
+    state: StreamState,
+    num_chunks: int,
+    *,
+    switches: Sequence[int] = (),
+    conditionings: Sequence[Conditioning] = (),
 ) -> tuple[StreamState, ChunkRecord, ChunkRecord]:
     """A whole video in one program: chunk 0, then a scan over the rest. For use under `jax.jit`.
+
+    Args:
+        num_chunks: chunks of the video; static.
+        switches: rising numbers of the chunks from which on another prompt is shown, 1 to num_chunks - 1; static.
+        conditionings: of those prompts.
 
     Returns:
         The last state; the record of chunk 0; the records of the others, stacked on a leading axis.
     """
     state, head = step(search, params, conditioning, state, first=True)
-    state, tail = jax.lax.scan(
-        lambda state, _: step(search, params, conditioning, state, first=False), state, length=num_chunks - 1
-    )
-    return state, head, tail
+    tails, begin = [], 1
+    for end, following in zip((*switches, num_chunks), (*conditionings, None), strict=True):
+        # The loop below is traced here and now, so that it may close over a variable of this one.
+        scanned = functools.partial(step, search, params, conditioning, first=False)
+        state, tail = jax.lax.scan(lambda state, _: scanned(state), state, length=end - begin)  # noqa: B023
+        tails.append(tail)
+        if following is not None:
+            conditioning, begin = following, end
+            state = recache(search, params, conditioning, state, committed=end)
+    return state, head, jax.tree.map(lambda *parts: jnp.concatenate(parts), *tails)
 
 
 @functools.partial(jax.jit, static_argnames=("search", "first"), donate_argnames="state")
@@ -357,17 +279,23 @@ def jitted_step(
 
 
 def stream_chunks(
-    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState
-) -> Iterator[tuple[StreamState, ChunkRecord]]:
+    search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, *, committed: int = 0
+) -> Coroutine[tuple[StreamState, ChunkRecord], Conditioning | None]:
     """Chunk after chunk without end, by the same `step`: two programs whatever the length.
 
-    The state handed in, and each state yielded, is consumed by the next iteration.
+    `chunks.send(conditioning)` in place of `next(chunks)` switches to another prompt before the next chunk, by the
+    same `recache`. The state handed in, and each state yielded, is consumed by the next iteration.
+
+    Args:
+        committed: chunks that `state` has behind it.
     """
-    first = True
     while True:
-        state, record = jitted_step(search, params, conditioning, state, first=first)
-        yield state, record
-        first = False
+        state, record = jitted_step(search, params, conditioning, state, first=committed == 0)
+        committed += 1
+        following = yield state, record
+        if following is not None:
+            conditioning = following
+            state = jitted_recache(search, params, conditioning, state, committed=committed)
 
 
 def score_video(reward: Reward, frames: UInt8[np.ndarray, "T H W 3"], prompt_index: Int[Array, ""]) -> float:

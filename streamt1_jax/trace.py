@@ -70,11 +70,21 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """A change of the prompt (SPEC section 9)."""
+
+    chunk: int  # the first one under the new prompt
+    prompt: str
+    sinks_replaced: bool  # the first sinks were made anew of recent chunks and appended ones dropped
+
+
+@dataclass(frozen=True)
 class Trace:
     """A whole search: what was tried, what was kept, and which beam became the video."""
 
     chunks: tuple[Chunk, ...]
     final_scores: tuple[float, ...] = ()  # per kept beam: the score of its whole video; empty before the end
+    switches: tuple[Switch, ...] = ()  # in the order of their chunks
 
     @property
     def winner(self) -> int:
@@ -107,6 +117,7 @@ class Trace:
         return {
             "final_scores": [_number(score) for score in self.final_scores],
             "winner": self.winner,
+            "switches": [dataclasses.asdict(switch) for switch in self.switches],
             "chunks": [
                 {
                     "index": chunk.index,
@@ -131,6 +142,7 @@ class Trace:
             return cls(
                 chunks=tuple(_chunk_from_json(chunk) for chunk in data["chunks"]),
                 final_scores=tuple(_nan_if_none(score) for score in data["final_scores"]),
+                switches=tuple(Switch(**switch) for switch in data.get("switches", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -83,10 +83,11 @@ def _denoise(params, conditioning, draws, past, start_frame):
 
 
 def _context(params, conditioning, latents, past, start_frame):
-    flat = latents.reshape(F, -1)
+    frames = len(latents)  # one chunk, or all that a prompt switch recaches
+    flat = latents.reshape(frames, -1)
     k = jnp.einsum("ldi,ti->ltd", params.key, flat) + conditioning.text.v.mean()
     v = jnp.einsum("ldi,ti->ltd", params.value, flat) + 0.3 * _attend(params, past, start_frame)
-    turned = rotate(k[:, :, None], rope_angles(start_frame, F, 1, 1, DIM))
+    turned = rotate(k[:, :, None], rope_angles(start_frame, frames, 1, 1, DIM))
     return KV(turned, v[:, :, None])
 
 

@@ -82,10 +82,11 @@ class FakePipeline:
             raise self.fail
         trace = fake_trace((frames + 3) // 12)
         for chunk in trace.chunks:
-            on_chunk(FakeChunkResult(chunk))
+            on_chunk(FakeChunkResult(chunk, frames=np.zeros((12, HEIGHT, WIDTH, 3), np.uint8)))
         return FakeOutput(prompt, frames, trace, settings)
 
 
 class FakeChunkResult:
-    def __init__(self, chunk: Chunk):
-        self.chunk = chunk
+    def __init__(self, chunk: Chunk, frames: np.ndarray):
+        self.chunk, self.frames, self.routes = chunk, frames, chunk.evicted
+        self.seconds, self.restored = chunk.seconds, False

@@ -78,17 +78,21 @@ def turn(x: np.ndarray, frame: int) -> np.ndarray:
     return x
 
 
+def text_of(prompt: np.ndarray) -> float:
+    return float(np.tanh(np.asarray(prompt, np.float64).sum(axis=0)).mean())
+
+
 class ReferenceSearch:
     """SPEC sections 3 to 6.
 
     Args:
         draws: the draws of a seed, (initial [f, C, h, w], renoise [steps - 1, f, C, h, w]).
-        settings: names and meanings of `SearchConfig`; and `sinks`, `window`, `max_sinks` in chunks.
+        settings: names and meanings of `SearchConfig`; `sinks`, `window`, `max_sinks` in chunks; `global_sink`.
     """
 
     def __init__(self, params: FakeParams, prompt: np.ndarray, draws: Callable, prompt_index: int = 0, **settings):
         self.params = FakeParams(*(np.asarray(x, np.float64) for x in params))
-        self.text = float(np.tanh(np.asarray(prompt, np.float64).sum(axis=0)).mean())
+        self.text = text_of(prompt)
         self.draws, self.prompt_index, self.s = draws, prompt_index, settings
         self.closest = math.inf
 
@@ -117,7 +121,7 @@ class ReferenceSearch:
         return x
 
     def context(self, latents: np.ndarray, beam: Beam, start: int, number: int) -> Chunk:
-        flat = latents.reshape(F, -1)
+        flat = latents.reshape(len(latents), -1)
         past = 0.3 * self.attend(beam, start)
         k = np.stack([flat @ self.params.key[layer].T + self.text for layer in range(LAYERS)])
         v = np.stack([flat @ self.params.value[layer].T + past for layer in range(LAYERS)])
@@ -140,10 +144,16 @@ class ReferenceSearch:
 
     # The search
 
-    def run(self, seed: int, chunks: int) -> Result:
+    def run(self, seed: int, chunks: int, switches: dict[int, tuple[np.ndarray, int]] | None = None) -> Result:
+        """Args: switches: chunk -> (prompt, its index), from that chunk on."""
         beams = [Beam() for _ in range(self.beams)]
         candidates, evicted, kept_beams = [], [], []
         for chunk in range(chunks):
+            if switches and chunk in switches:
+                prompt, self.prompt_index = switches[chunk]
+                self.text = text_of(prompt)
+                for beam in beams:
+                    self.recache(beam, chunk)
             tried = [c for b, beam in enumerate(beams) for c in self.candidates(beam, b, chunk, chunks, seed)]
             order = sorted(range(len(tried)), key=lambda i: (-tried[i].score, i))
             self.note(*(tried[a].score - tried[b].score for a, b in itertools.pairwise(order)))
@@ -155,6 +165,21 @@ class ReferenceSearch:
             kept_beams.append([beam.copy() for beam in beams])
             evicted.append([self.begin(beam) for beam in beams])
         return Result(candidates, evicted, kept_beams, self.closest)
+
+    def recache(self, beam: Beam, chunk: int) -> None:
+        """SPEC section 9; an appended sink is a sink, and goes the way of the first one."""
+        first, window = self.s["sinks"], self.s["window"]
+        local = first + window + 1
+        replaced = not self.s["global_sink"] or chunk <= local
+        count = min(chunk, local) if replaced else window + 1
+        begin = chunk - count
+        seen = Beam() if replaced else Beam(sinks=beam.sinks)
+        group = self.context(np.concatenate(beam.latents[begin:]), seen, begin * F, begin)
+        places = [(begin + i, slice(i * F, (i + 1) * F)) for i in range(count)]
+        fresh = [Chunk(number * F, group.k[:, at], group.v[:, at], number) for number, at in places]
+        if replaced:
+            beam.sinks, fresh = fresh[:first], fresh[first:]
+        beam.window = fresh[max(len(fresh) - window, 0) :]
 
     @property
     def beams(self) -> int:

@@ -10,13 +10,15 @@ import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from fake_search import FakePipeline
+from fake_search import FakeChunkResult, FakePipeline, fake_trace
 from PIL import Image
 
 import streamt1_jax
 from streamt1_jax import cli, compile_cache, report
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, RewardError, StreamT1Error, WeightsError
+from streamt1_jax.progress import Progress
 from streamt1_jax.trace import Trace
 from streamt1_jax.video import read_video
 
@@ -56,7 +58,7 @@ def files(folder):
 def test_generate_writes_a_video_its_record_and_a_picture(capsys, tmp_path):
     code, out, err = run(capsys, "generate", PROMPT, "--out", "out.mp4", "--frames", "21", "--seed", "7")
     assert (code, err) == (0, "")
-    assert files(tmp_path) == ["out.json", "out.mp4", "out.png"]
+    assert files(tmp_path) == ["out.html", "out.json", "out.mp4", "out.png"]
     assert all(name in out for name in ("out.json", "out.mp4", "out.png"))
     assert "untrained" in out
     frames, fps = read_video("out.mp4")
@@ -85,7 +87,7 @@ def test_the_embedded_model_end_to_end(capsys, monkeypatch, tmp_path):
     trace = Trace.from_json(record["trace"])
     assert [len(chunk.candidates) for chunk in trace.chunks] == [2]
     assert record["history_seeds"] == [candidate.seed for candidate in trace.winning_path()]
-    assert files(tmp_path) == ["out.json", "out.mp4", "out.png"]
+    assert files(tmp_path) == ["out.html", "out.json", "out.mp4", "out.png"]
 
 
 def test_everything_asked_for_reaches_the_pipeline(capsys, pipeline):
@@ -94,7 +96,8 @@ def test_everything_asked_for_reaches_the_pipeline(capsys, pipeline):
     assert run(capsys, "generate", PROMPT, "--out", "a.mp4", *flags.split())[0] == 0
     assert pipeline.loaded == [("folder", {"allow_cpu": True, "devices": 1})]
     ((prompt, settings),) = pipeline.calls
-    config = settings.pop("config")
+    config, store = settings.pop("config"), settings.pop("store")
+    assert store.folder.name == "a.resume"
     assert (prompt, config.search.beams) == (PROMPT, 3)
     assert settings == {
         "frames": 21,
@@ -129,7 +132,9 @@ def test_prompts_of_a_file_go_to_a_folder_by_index_and_hash(capsys, tmp_path, pi
     assert code == 0
     assert err == "streamt1: warning: prompts.txt: 2 blank lines skipped, 3 prompts left\n"
     names = [f"{i:04d}-{hashlib.sha256(p.encode()).hexdigest()[:8]}" for i, p in enumerate(prompts)]
-    assert files(tmp_path / "videos") == sorted(f"{name}.{end}" for name in names for end in ("json", "mp4", "png"))
+    assert files(tmp_path / "videos") == sorted(
+        f"{name}.{end}" for name in names for end in ("html", "json", "mp4", "png")
+    )
     assert files(tmp_path) == ["prompts.txt", "videos"]
     assert [prompt for prompt, _ in pipeline.calls] == prompts
     assert len(pipeline.loaded) == 1
@@ -166,6 +171,14 @@ def test_prompts_of_a_file_go_to_a_folder_by_index_and_hash(capsys, tmp_path, pi
         (("generate", PROMPT, "--out", "a.mp4", "--rewards", "nativ"), "no reward 'nativ'"),
         (("generate", PROMPT, "--out", "a.mp4", "--rewards", "native,sharp"), "no reward 'sharp'"),
         (("generate", PROMPT, "--out", "none/a.mp4"), "does not exist"),
+        (("generate", PROMPT, "--out", "a.mp4", "--switch", "5.25"), "'5.25' is not TIME=PROMPT"),
+        (("generate", PROMPT, "--out", "a.mp4", "--switch", "2s="), "prompt is empty"),
+        (
+            ("generate", PROMPT, "--out", "a.mp4", "--switch", "5.25s=x"),
+            "outside the video, expected 0.5625 s to 4.3125 s",
+        ),
+        (("generate", PROMPT, "--out", "a.mp4", "--resume", "--overwrite"), "expected one of them"),
+        (("generate", PROMPT, "--out", "a.mp4", "--resume", "--no-state"), "drop one of them"),
         (("generate", PROMPT, "--out", "a.avi"), "does not end in .mp4"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else None,
@@ -194,7 +207,7 @@ def test_overwrite_replaces_an_earlier_result(capsys, tmp_path):
     assert "--overwrite" in error_of(capsys, *argv, "9")
     assert run(capsys, *argv, "9", "--overwrite")[0] == 0
     assert len(read_video("a.mp4")[0]) == 9
-    assert files(tmp_path) == ["a.json", "a.mp4", "a.png"]
+    assert files(tmp_path) == ["a.html", "a.json", "a.mp4", "a.png"]
 
 
 class XlaRuntimeError(RuntimeError):
@@ -256,6 +269,46 @@ def test_a_picture_that_fails_leaves_no_video_either(capsys, tmp_path, monkeypat
     assert not files(tmp_path)
 
 
+def test_switches_reach_the_pipeline(capsys, pipeline, tmp_path):
+    argv = ("--switch", "2s=a blue square", "--switch", "12f=x = y", "--seconds", "5")
+    assert run(capsys, "generate", PROMPT, "--out", "a.mp4", *argv)[0] == 0
+    assert pipeline.calls[0][1]["switches"] == ((2.0, "a blue square"), (0.75, "x = y"))
+    (tmp_path / "prompts.txt").write_text("one\n@2s two\nthree\n")
+    assert run(capsys, "generate", "--prompts-file", "prompts.txt", "--out", "videos")[0] == 0
+    calls = [(prompt, settings.get("switches")) for prompt, settings in pipeline.calls[1:]]
+    assert calls == [("one", ((2.0, "two"),)), ("three", None)]
+    names = {f"{i:04d}-{hashlib.sha256(p.encode()).hexdigest()[:8]}.mp4" for i, p in enumerate(["one\ntwo", "three"])}
+    assert names <= set(files(tmp_path / "videos"))
+    argv = ("--prompts-file", "prompts.txt", "--out", "more", "--switch", "2s=x")
+    assert "a line `@5.25s a new prompt`" in error_of(capsys, "generate", *argv)
+
+
+@pytest.mark.parametrize("name", ["run.json", "lock"])
+def test_an_unfinished_run_is_neither_overwritten_nor_forgotten(capsys, tmp_path, pipeline, name):
+    folder = tmp_path / "a.resume"
+    folder.mkdir()
+    (folder / name).touch()
+    assert "go on with --resume" in error_of(capsys, "generate", PROMPT, "--out", "a.mp4")
+    assert not pipeline.loaded
+    assert run(capsys, "generate", PROMPT, "--out", "a.mp4", "--overwrite", "--frames", "9")[0] == 0
+
+
+def test_a_folder_of_someone_else_is_left_alone(capsys, tmp_path, pipeline):
+    (tmp_path / "a.resume").mkdir()
+    (tmp_path / "a.resume" / "mine").touch()
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        assert "was not made by" in error_of(capsys, "generate", PROMPT, "--out", "a.mp4", *flags)
+    (tmp_path / "b.live.mp4").write_text("mine")
+    assert "was not made by" in error_of(capsys, "generate", PROMPT, "--out", "b.mp4", "--live")
+    assert not pipeline.loaded
+
+
+def test_a_result_of_the_user_is_not_replaced_by_a_resumed_run(capsys, tmp_path):
+    (tmp_path / "a.mp4").write_text("mine")
+    assert "exists" in error_of(capsys, "generate", PROMPT, "--out", "a.mp4", "--resume")
+    assert (tmp_path / "a.mp4").read_text() == "mine"
+
+
 def test_results_before_a_failure_stay(capsys, tmp_path, monkeypatch, pipeline):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     call = FakePipeline.__call__
@@ -269,7 +322,7 @@ def test_results_before_a_failure_stay(capsys, tmp_path, monkeypatch, pipeline):
     argv = ("generate", "--prompts-file", "prompts.txt", "--out", "videos", "--frames", "9")
     code, _, err = run(capsys, *argv)
     assert (code, err) == (130, "streamt1: error: interrupted\n")
-    assert len(files(tmp_path / "videos")) == 3
+    assert len(files(tmp_path / "videos")) == 4
 
 
 def test_the_progress_bar_shows_the_best_score_only_when_wanted(capsys):
@@ -277,6 +330,17 @@ def test_the_progress_bar_shows_the_best_score_only_when_wanted(capsys):
     err = run(capsys, "generate", PROMPT, "--out", "b.mp4", "--frames", "21", "--progress")[2]
     assert "2/2" in err
     assert "best score -2.100" in err  # beam 0 of chunk 1 of the made-up trace
+
+
+def test_the_bar_of_a_resumed_run_counts_what_was_there(capsys):
+    with Progress(3, "a.mp4", forced=True) as progress:
+        for chunk, old in zip(fake_trace(3).chunks, [True, True, False], strict=True):
+            result = FakeChunkResult(chunk, np.zeros((12, 2, 2, 3), np.uint8))
+            result.restored = old
+            progress.show(result)
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert "48.0 frames/s, best score" in shown
 
 
 def test_warnings_are_one_line(capsys, monkeypatch):

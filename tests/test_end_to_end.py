@@ -34,7 +34,7 @@ from convert.dit_table import wan_dit_rules
 from convert.engine import build
 from convert.umt5_table import wan_umt5_rules
 from convert.vae_table import wan_vae_rules
-from streamt1_jax import cli
+from streamt1_jax import cli, generate
 from streamt1_jax.checkpoint import load_checkpoint
 from streamt1_jax.models.dit import CausalWanDiT
 from streamt1_jax.models.umt5 import UMT5Encoder
@@ -102,9 +102,9 @@ def make(tmp_path_factory, published) -> Callable[[str], Made]:
     def made(layout: str) -> Made:
         checkpoint, video, seen = folder / layout, folder / f"{layout}.mp4", []
         assert streamt1("convert", *layouts[layout](), "--out", checkpoint, *SIZE) == 0
-        save = cli.save_result
+        save = generate.save_result
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cli, "save_result", lambda out, *args, **kw: seen.append(out) or save(out, *args, **kw))
+            patch.setattr(generate, "save_result", lambda out, *args, **kw: seen.append(out) or save(out, *args, **kw))
             argv = ("generate", PROMPT, "--checkpoint", checkpoint, "--out", video, "--frames", FRAMES)
             assert streamt1(*argv) == 0
         return Made(checkpoint, video, *seen)

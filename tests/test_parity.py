@@ -17,11 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from convert.engine import build
 from convert.vae_table import wan_vae_rules
-from streamt1_jax import parity
+from streamt1_jax import parity_search
 from streamt1_jax.config import VAEConfig
 from streamt1_jax.errors import BadInputError, WeightsError
 from streamt1_jax.models.vae import WanVAE
-from streamt1_jax.parity import PIXEL_TOLERANCE, close, equal, replay, run_parity
+from streamt1_jax.parity import replay, run_parity
+from streamt1_jax.recorded_case import PIXEL_TOLERANCE, close, equal
 
 DATA = Path(__file__).parent / "data"
 
@@ -101,13 +102,13 @@ def test_a_recorded_case_matches(kind, tmp_path, capsys):
 def test_a_chunk_matches_and_a_changed_record_of_it_does_not(tmp_path, capsys, monkeypatch):
     """One change each of three candidates: a flag, a seed, a sink."""
     results = []
-    run_search = parity._run_search
-    monkeypatch.setattr(parity, "_run_search", lambda *args: results.append(run_search(*args)) or results[-1])
+    run_search = parity_search.run_search
+    monkeypatch.setattr(parity_search, "run_search", lambda *args: results.append(run_search(*args)) or results[-1])
     tensors, sizes = first_chunk()
     assert_matches(write(tmp_path, tensors, sizes), capsys)
 
     # A program with rewards on the host is compiled every time, and what it gives is the same.
-    monkeypatch.setattr(parity, "_run_search", lambda *args: results[0])
+    monkeypatch.setattr(parity_search, "run_search", lambda *args: results[0])
     sizes["candidates"][2]["ema"] = True
     sizes["candidates"][3]["seed"] = 99
     sizes["candidates"][0]["sink_starts"] = [3]

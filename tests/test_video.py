@@ -11,7 +11,7 @@ import pytest
 
 from streamt1_jax import video
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.video import read_video, write_mp4
+from streamt1_jax.video import GrowingVideo, read_video, write_mp4
 
 
 def moving_square(frames=21, height=48, width=64):
@@ -134,3 +134,55 @@ def test_a_file_without_picture_is_refused(tmp_path):
         container.mux(stream.encode(sound))
     with pytest.raises(BadInputError, match="no picture"):
         read_video(tmp_path / "a.wav")
+
+
+def playable(path) -> int:
+    """Frames that a player gets out of a file as it is now."""
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_a_growing_video_can_be_played_all_along_and_is_an_ordinary_one_in_the_end(tmp_path):
+    path, frames = tmp_path / "live.mp4", moving_square(33)
+    video = GrowingVideo(path)
+    for begin, end in ((0, 9), (9, 21), (21, 33)):
+        video.add(frames[begin:end])
+        assert playable(path) >= end - 1
+    data = path.read_bytes()
+    assert b"moof" in data
+    assert b"streamt1-jax" in data[:4096]
+    video.close()
+    video.close()
+    read, fps = read_video(path)
+    assert (read.shape, fps) == (frames.shape, 16.0)
+    assert np.abs(read.astype(int) - frames).mean() < 4
+    data = path.read_bytes()
+    assert b"moof" not in data
+    assert data.index(b"moov") < data.index(b"mdat")
+    assert [p.name for p in tmp_path.iterdir()] == ["live.mp4"]
+
+
+def test_a_growing_video_that_is_cut_short_is_playable(tmp_path):
+    """As after a kill: whatever reached the disk."""
+    path = tmp_path / "live.mp4"
+    video = GrowingVideo(path)
+    video.add(moving_square(21))
+    whole = path.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    assert 5 < playable(tmp_path / "cut.mp4") < 21
+    video.discard()
+    assert [p.name for p in tmp_path.iterdir()] == ["cut.mp4"]
+
+
+def test_a_growing_video_without_frames_leaves_nothing(tmp_path):
+    with GrowingVideo(tmp_path / "live.mp4"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_growing_video_refuses_a_bad_place_and_bad_frames(tmp_path):
+    with pytest.raises(BadInputError, match="cannot be written"):
+        GrowingVideo(tmp_path / "none" / "live.mp4").add(moving_square(1))
+    with pytest.raises(BadInputError, match="even"):
+        GrowingVideo(tmp_path / "live.mp4").add(np.zeros((1, 15, 16, 3), np.uint8))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,67 @@
+"""What SIGINT and SIGTERM do while a command runs.
+
+- Both stop it: as KeyboardInterrupt, so that every `finally` runs and no temporary file is left.
+- Inside `Interrupts.after_chunk` the first one is only remembered, and the loop over chunks ends when its chunk is
+  done; a second one stops at once.
+- Inside `uninterrupted` both wait until the block is done: for renames that belong together.
+
+Only the main thread of a process can do this; in others all of it does nothing.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Handlers for as long as its `with` block runs."""
+
+    def __init__(self):
+        self.requested = False  # a stop was asked for
+        self._patient = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again, self.requested = self.requested, True
+        if again or not self._patient:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def after_chunk(self) -> Iterator[None]:
+        """The first signal is remembered in `requested`; whoever runs the block looks there when a chunk is done."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Both signals wait until the block is done. For a few renames, not for work."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.signal(number, lambda *caught: waiting.append(caught)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number, _ in waiting[:1]:
+            signal.raise_signal(number)

@@ -1,0 +1,74 @@
+"""What made a run, as plain data: what was asked for, the weights, the machine. Two runs that agree in it make the
+same video to the bit."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from streamt1_jax import __version__
+from streamt1_jax.config import RunConfig
+from streamt1_jax.outputs import plain
+from streamt1_jax.segments import Segment
+
+
+def asked(
+    prompt: str, segments: Sequence[Segment], seed: int, chunks: int, config: RunConfig, rewards: Sequence[str]
+) -> dict[str, Any]:
+    """What a user asked for; known before JAX is imported."""
+    return normal(
+        {
+            "prompt": prompt,
+            "switches": {str(segment.chunk): segment.prompt for segment in segments},
+            "seed": seed,
+            "chunks": chunks,
+            "stream": asdict(config.stream),
+            "search": asdict(config.search),
+            "rewards": list(rewards),
+        }
+    )
+
+
+def normal(data: Any) -> Any:
+    """As it comes back from a JSON file."""
+    return json.loads(json.dumps(plain(data)))
+
+
+def fingerprint(data: dict[str, Any]) -> str:
+    """Equal for equal plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+    """What two descriptions disagree in, in words, for keys that both have."""
+    found = []
+    for key in saved.keys() & ours.keys():
+        name, old, new = f"{prefix}{key}", saved[key], ours[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            missing = dict.fromkeys(old.keys() ^ new.keys())
+            found += differences({**missing, **old}, {**missing, **new}, f"{name}.")
+        elif old != new:
+            found.append(f"{name} is {_short(new)}, saved was {_short(old)}")
+    return sorted(found)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def environment() -> dict[str, Any]:
+    """Programs and devices; on another machine a run goes on, but not to the bit."""
+    import platform
+    from importlib.metadata import version
+
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "versions": {"streamt1-jax": __version__}
+        | {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "machine": platform.machine(),
+    }
