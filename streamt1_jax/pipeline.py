@@ -281,9 +281,8 @@ class StreamT1Pipeline:
             "sha256": digests(latents, video),
         }
         long = request.search.long
-        if (
-            long.explain is not None and len(request.prompts) == 1
-        ):  # what the score was made of, with the frames and the rate that it depends on
+        # What the score was made of, with the frames and the rate that it depends on; a mean of parts has no such.
+        if long.explain is not None and len(request.prompts) == 1:
             info["final_reward"] = long.explain(video, request.prompt, float(FPS))
         return Output(video, latents, trace, FPS, info)
 
