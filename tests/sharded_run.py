@@ -13,7 +13,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import jax.numpy as jnp
 import numpy as np
-from small import SmallWeights
+from small import SMALL, SmallWeights
 
 from streamt1_jax.bench import Bench
 from streamt1_jax.config import RunConfig, SearchConfig
@@ -84,7 +84,7 @@ def compare(one: list[ChunkRecord], eight: list[ChunkRecord]) -> dict[str, objec
 
 def on_eight() -> tuple:
     """Search, parameters and conditioning on eight devices, and the first state."""
-    bench = Bench(SmallWeights.config, height=16, width=32, dtype=jnp.float32, rewards=None)
+    bench = Bench(SMALL, height=16, width=32, dtype=jnp.float32, rewards=None)
     plain = bench.search(RunConfig(search=SEARCH))
     search = dataclasses.replace(plain, mesh=candidate_mesh(SEARCH, 8))
     params = place(search.mesh, bench.params)
