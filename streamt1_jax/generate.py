@@ -49,6 +49,8 @@ def plan_jobs(args: argparse.Namespace, settings: Settings) -> tuple[list[Job], 
     run = settings.run
     chunks = chunks_of(settings.generate.num_frames(run.stream), run.stream)
     plans = [plan_switches(script.switches, run.stream, chunks) for script in scripts]
+    if args.resume and args.coordinator is not None:
+        raise BadInputError("--resume came with --coordinator, which saves no states: resume on one machine")
     if args.resume and args.overwrite:
         raise BadInputError("--resume goes on with a run and --overwrite begins anew, expected one of them")
 
@@ -156,7 +158,9 @@ def generate(
     frames = wanted.num_frames(run.stream)
     options: dict[str, Any] = {"switches": job.script.switches} if job.script.switches else {}
     make_folder(job.paths.video.parent)
-    store = None if args.no_state else RunStore(job.paths.resume, resume=args.resume)
+    # Orbax makes all processes of a distributed run wait for each other, and these make different videos.
+    stateless = args.no_state or args.coordinator is not None
+    store = None if stateless else RunStore(job.paths.resume, resume=args.resume)
     if store is not None:
         options["store"] = store
     try:

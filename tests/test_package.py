@@ -51,7 +51,7 @@ def test_the_readme_lists_every_file_of_the_package():
 def test_the_python_of_the_readme_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     scope: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)  # one reader, top to bottom
