@@ -136,7 +136,7 @@ def prepare_videoreward(sources: RewardSources, text: str) -> Prepared:
         weights, lora = split_peft(TorchSource(whole))
     else:
         weights, lora = _adapter(checkpoint, base.path, tokenizer)
-    source = weights if lora is None else LoRASource(weights, lora, _lora_alpha(published, lora))
+    source = weights if lora is None else _merged(weights, lora, published["peft_lora_config"])
     settings = ModelSettings(
         "videoreward",
         _instruction("videoreward", "video", text, base.path),
@@ -241,11 +241,13 @@ def _hpsv3_widths(source: Source) -> tuple[int, ...]:
         ) from error
 
 
-def _lora_alpha(values: Mapping[str, Any], lora: Source) -> float:
-    rank, config = next(iter(lora.shapes.values())), values["peft_lora_config"]
-    if config.get("lora_r") is not None and config["lora_r"] not in rank:
+def _merged(weights: Source, lora: Source, config: Mapping[str, Any]) -> LoRASource:
+    """The weights with their LoRA, of the rank that its config says."""
+    merged = LoRASource(weights, lora, float(config["lora_alpha"]))
+    rank = config.get("lora_r")
+    if rank is not None and merged.ranks != [rank]:
         raise WeightsError(
-            f"VideoReward: the LoRA's halves are {rank}, expected rank {config['lora_r']} of model_config.json; "
-            "download both again"
+            f"VideoReward: the LoRA's ranks are {merged.ranks}, expected rank {rank} of {MODEL_CONFIG}; download both "
+            "again"
         )
-    return float(config["lora_alpha"])
+    return merged

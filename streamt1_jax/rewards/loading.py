@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamt1_jax.errors import WeightsError
+from streamt1_jax.errors import StreamT1Error, WeightsError
 from streamt1_jax.rewards.chat import RewardTokenizer
 from streamt1_jax.rewards.clips import ClipReader
 from streamt1_jax.rewards.hpsv3 import HPSv3, hpsv3_head
@@ -30,8 +30,20 @@ def head_of(settings: ModelSettings) -> Callable[[int], nn.Module]:
 
 
 def network_of(settings: ModelSettings, config: Mapping[str, Any], tokenizer: RewardTokenizer) -> RewardNetwork:
-    """The network that belongs to a model's settings, its parameters empty."""
-    return empty_network(reward_config(config, tokenizer.length), head_of(settings), tokenizer.pad_id)
+    """The network that belongs to a model's settings, its parameters empty.
+
+    Raises:
+        WeightsError: the config is of another model, or of none that can be built.
+    """
+    try:
+        return empty_network(reward_config(config, tokenizer.length), head_of(settings), tokenizer.pad_id)
+    except StreamT1Error:
+        raise
+    except Exception as error:  # transformers raises what comes: of types, of divisions by a size, of its own
+        raise WeightsError(
+            f"the base's config.json makes no network ({type(error).__name__}: {' '.join(str(error).split())}), "
+            "expected that of Qwen2-VL; download it again"
+        ) from error
 
 
 def load_scorer(
