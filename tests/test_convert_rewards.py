@@ -19,7 +19,7 @@ from convert.engine import plan
 from convert.instructions import read_instructions, texts_of
 from convert.lora import LoRASource
 from convert.reward_files import model_config_of, video_config_of
-from convert.rewards import convert_rewards
+from convert.rewards import convert_rewards, prepare_hpsv3
 from convert.rewards_table import published_name, reward_rules, split_peft
 from convert.sources import SafetensorsSource
 from streamt1_jax import cli
@@ -125,6 +125,29 @@ class TestNames:
         assert ours.dtype == ml_dtypes.bfloat16
         merged = w.numpy() + np.float32(8 / 4) * (b.numpy() @ a.numpy())
         assert_equal("merged", ours.astype(np.float32), merged.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+class TestOlderFiles:
+    @pytest.mark.parametrize("layout", ["HPSv3.pth", "pytorch_model.bin", "shards"])
+    def test_the_same_weights_from_files_of_pytorch(self, case, layout):
+        path = case / "hpsv3/HPSv3.safetensors"
+        tensors = tensors_of(path)
+        path.unlink()
+        if layout == "shards":
+            names = [f"pytorch_model-{i:05d}-of-00002.bin" for i in (1, 2)]
+            where = {key: names[i % 2] for i, key in enumerate(sorted(tensors))}
+            for name in names:
+                torch.save({key: x for key, x in tensors.items() if where[key] == name}, case / "hpsv3" / name)
+            index = json.dumps({"metadata": {}, "weight_map": where})
+            (case / "hpsv3/pytorch_model.bin.index.json").write_text(index)
+        else:
+            torch.save(tensors, case / "hpsv3" / layout)
+            if layout == "pytorch_model.bin":
+                torch.save({"epochs": 3}, case / "hpsv3/training_args.bin")
+        source = prepare_hpsv3(sources(case, IMAGE), json.loads((case / "templates.json").read_text())["hpsv3"]).source
+        assert source.shapes.keys() == tensors.keys()
+        for key, x in tensors.items():
+            assert_equal(key, source.read(key).astype(np.float32), x.float())
 
 
 HPSV3_SOURCE = '''
@@ -282,6 +305,13 @@ class TestFaults:
     def test_a_model_config_of_another_kind(self, case, changes, words):
         edit_json(case / "videoreward/model_config.json", **changes)
         refused(case, VIDEO, words)
+
+    def test_several_files_of_weights_are_named(self, case):
+        tensors = tensors_of(case / "hpsv3/HPSv3.safetensors")
+        (case / "hpsv3/HPSv3.safetensors").unlink()
+        for name in ("a.pth", "b.bin"):
+            torch.save(tensors, case / "hpsv3" / name)
+        refused(case, IMAGE, r"found a\.pth, b\.bin, expected one .safetensors file or one of PyTorch")
 
     def test_a_section_that_is_null(self, case):
         path = case / "videoreward/model_config.json"
