@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from convert.reward_files import read_text
 from streamt1_jax.compile_cache import cache_folder
 from streamt1_jax.errors import WeightsError
 from streamt1_jax.rewards.chat import PLACEHOLDER
@@ -70,7 +71,7 @@ def _read(path: Path) -> dict[str, str]:
         return _read_json(path)
     if path.suffix == ".whl":
         return texts_of(_from_wheel(path), str(path))
-    return texts_of(path.read_text(encoding="utf-8"), str(path))
+    return texts_of(read_text(path), str(path))
 
 
 def _read_json(path: Path) -> dict[str, str]:

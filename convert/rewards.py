@@ -34,7 +34,7 @@ from convert.reward_files import (
 )
 from convert.rewards_table import EMBEDDING, OverlaidSource, ShrunkSource, as_published, reward_rules, split_peft
 from convert.safetensors_writer import write_safetensors
-from convert.sources import SafetensorsSource, Source, open_folder
+from convert.sources import SafetensorsSource, ShardedSource, Source, open_folder
 from convert.torch_source import TorchSource
 from streamt1_jax.atomic_folder import atomic_folder
 from streamt1_jax.errors import WeightsError
@@ -49,6 +49,7 @@ HPSV3_PIXELS = 200704  # HPSv3 shows every frame at this area: its processor's l
 VIDEOREWARD_MIN_PIXELS = 100352  # its upper bound is in model_config.json
 HPSV3_FILE = "HPSv3.safetensors"
 _WORDS = ("config.json", "preprocessor_config.json", "tokenizer*", "vocab.json", "merges.txt", "chat_template*")
+_TORCH_FILES = (".bin", ".pth", ".pt")
 _TYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 
@@ -136,7 +137,7 @@ def prepare_videoreward(sources: RewardSources, text: str) -> Prepared:
         weights, lora = split_peft(TorchSource(whole))
     else:
         weights, lora = _adapter(checkpoint, base.path, tokenizer)
-    source = weights if lora is None else LoRASource(weights, lora, _lora_alpha(published, lora))
+    source = weights if lora is None else _merged(weights, lora, published["peft_lora_config"])
     settings = ModelSettings(
         "videoreward",
         _instruction("videoreward", "video", text, base.path),
@@ -211,9 +212,25 @@ def _adapter(checkpoint: Path, base: Path, tokenizer: str) -> tuple[Source, Sour
 
 
 def _open_weights(folder: Path) -> Source:
-    """A folder's weights: safetensors, or the PyTorch file that transformers wrote before them."""
-    older = folder / "pytorch_model.bin"
-    return TorchSource(older) if older.is_file() and not any(folder.glob("*.safetensors*")) else open_folder(folder)
+    """A folder's weights: safetensors, or else the PyTorch files of older saves; whole or in shards.
+
+    Raises:
+        WeightsError: there are none, or more than one to choose from.
+    """
+    if any(folder.glob("*.safetensors*")):
+        return open_folder(folder)
+    indices = sorted(folder.glob("*.bin.index.json"))
+    if len(indices) == 1:
+        return ShardedSource(indices[0], TorchSource)
+    usual = folder / "pytorch_model.bin"  # beside which other .bin files may lie, such as a training's arguments
+    files = [usual] if usual.is_file() else sorted(path for path in folder.iterdir() if path.suffix in _TORCH_FILES)
+    if not indices and len(files) == 1:
+        return TorchSource(files[0])
+    found = ", ".join(path.name for path in indices + files) or "neither"
+    raise WeightsError(
+        f"{folder}: found {found}, expected one .safetensors file or one of PyTorch ({', '.join(_TORCH_FILES)}), or "
+        "shards of either with their .index.json; download the folder again, or remove what does not belong to it"
+    )
 
 
 def _output_dim(published: Mapping[str, Any], source: Source) -> tuple[int]:
@@ -241,11 +258,13 @@ def _hpsv3_widths(source: Source) -> tuple[int, ...]:
         ) from error
 
 
-def _lora_alpha(values: Mapping[str, Any], lora: Source) -> float:
-    rank, config = next(iter(lora.shapes.values())), values["peft_lora_config"]
-    if config.get("lora_r") is not None and config["lora_r"] not in rank:
+def _merged(weights: Source, lora: Source, config: Mapping[str, Any]) -> LoRASource:
+    """The weights with their LoRA, of the rank that its config says."""
+    merged = LoRASource(weights, lora, float(config["lora_alpha"]))
+    rank = config.get("lora_r")
+    if rank is not None and merged.ranks != [rank]:
         raise WeightsError(
-            f"VideoReward: the LoRA's halves are {rank}, expected rank {config['lora_r']} of model_config.json; "
-            "download both again"
+            f"VideoReward: the LoRA's ranks are {merged.ranks}, expected rank {rank} of {MODEL_CONFIG}; download both "
+            "again"
         )
-    return float(config["lora_alpha"])
+    return merged

@@ -9,7 +9,7 @@
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,14 +165,18 @@ def _safetensors_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 class ShardedSource:
-    """Several safetensors files and the `*.safetensors.index.json` that names them.
+    """Several files and the `*.index.json` that names them.
+
+    Args:
+        index: beside its shards.
+        reader: of one shard.
 
     Raises:
         WeightsError: one error for every shard that is missing and every key that is not where the index says;
             or the error of a broken shard.
     """
 
-    def __init__(self, index: Path | str):
+    def __init__(self, index: Path | str, reader: Callable[[Path], Source] = SafetensorsSource):
         index = Path(index)
         check_weights_file(index)
         try:
@@ -187,7 +191,7 @@ class ShardedSource:
                 f"{index}: {len(files)} shards listed, not beside it: {', '.join(escaping or missing)}. "
                 "Download the missing files again."
             )
-        self._shards = {name: SafetensorsSource(index.parent / name) for name in files}
+        self._shards = {name: reader(index.parent / name) for name in files}
         lost = [f"- {key} of {name}" for key, name in where.items() if key not in self._shards[name].shapes]
         extra = [
             f"+ {key} in {name}"
@@ -201,7 +205,7 @@ class ShardedSource:
                 "Download them again."
             )
         self._where = where
-        self.shapes = {key: self._shards[name].shapes[key] for key, name in where.items()}
+        self.shapes: dict[str, Shape] = {key: self._shards[name].shapes[key] for key, name in where.items()}
 
     def read(self, key: str) -> np.ndarray:
         return self._shards[self._where[key]].read(key)

@@ -16,15 +16,15 @@ PER_LINE = 9  # numbers of frames on a line
 
 
 def reward_overrides(rewards: str | None, device: str | None, sets: Sequence[str]) -> list[str]:
-    """`--set` texts with those of `--rewards` and `--reward-device`. A folder is the search of the paper, and `--set`
-    may still change one of the two rewards; names by flag win."""
-    texts = list(sets)
+    """`--set` texts with those of `--rewards` and `--reward-device`. A folder is the search of the paper; whatever
+    `--rewards` names, `--set` may still change one of the two rewards."""
+    texts: list[str] = []
     if rewards is not None and os.path.isdir(rewards):
-        texts = [f"rewards.dir={rewards}", "rewards.short=hpsv3", "rewards.long=videoreward", *texts]
+        texts = [f"rewards.dir={rewards}", "rewards.short=hpsv3", "rewards.long=videoreward"]
     elif rewards is not None:
         short, _, long = rewards.partition(",")
-        texts += [f"rewards.short={short}", f"rewards.long={long or short}"]
-    return texts if device is None else [*texts, f"rewards.device={device}"]
+        texts = [f"rewards.short={short}", f"rewards.long={long or short}"]
+    return [*texts, *sets, *([] if device is None else [f"rewards.device={device}"])]
 
 
 def add_score(commands: Any) -> None:
@@ -72,9 +72,14 @@ def _run_score(args: argparse.Namespace) -> int:
         report.append(_score(rewards, path, frames, args.fps or rate, prompt, given=args.fps is not None))
         print(_table(report[-1]), flush=True)
     if args.json:
-        models = {role: dict(reward.about) or {"name": reward.name} for role, (reward, _) in rewards.items()}
+        models = {role: _about(reward) for role, (reward, _) in rewards.items()}
         write_json(args.json, {"software": SOFTWARE, "models": models, "videos": report}, overwrite=args.overwrite)
     return 0
+
+
+def _about(reward: "Reward") -> dict[str, Any]:
+    """What is known of a reward, without the frame rate of a run: here each video has its own."""
+    return {key: value for key, value in reward.about.items() if key != "fps"} or {"name": reward.name}
 
 
 def _rewards(settings: RewardsConfig) -> dict[str, tuple["Reward", Any]]:

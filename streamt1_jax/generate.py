@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamt1_jax.errors import BadInputError
+from streamt1_jax.errors import BadInputError, RewardError
 from streamt1_jax.outputs import (
     SOFTWARE,
     RunPaths,
@@ -153,6 +153,7 @@ def generate(
 
     Raises:
         KeyboardInterrupt: it was interrupted; what exists has been written, and the states stay.
+        RewardError: a reward failed; the states stay.
     """
     wanted, run = settings.generate, settings.run
     frames = wanted.num_frames(run.stream)
@@ -193,6 +194,13 @@ def generate(
         complete = out.info.get("complete", True)
         if store is not None and complete:
             store.clear()
+    except RewardError as error:
+        if store is None:
+            raise
+        store.wait()
+        if not store.holds_state:
+            raise
+        raise RewardError(f"{error}; the chunks before are saved, the same command with --resume goes on") from error
     finally:
         if store is not None:
             store.close()

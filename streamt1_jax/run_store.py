@@ -143,6 +143,11 @@ class RunStore:
         if pending is not None:
             pending.result()
 
+    @property
+    def holds_state(self) -> bool:
+        """Whether there is anything to go on from."""
+        return any(self.folder.glob("state-*"))
+
     def cost(self) -> dict[str, Any]:
         """What saving took: seconds a chunk that the run was held up, and the bytes of a state."""
         mean = sum(self._waited) / len(self._waited) if self._waited else 0.0

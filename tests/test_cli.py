@@ -309,6 +309,18 @@ def test_a_result_of_the_user_is_not_replaced_by_a_resumed_run(capsys, tmp_path)
     assert (tmp_path / "a.mp4").read_text() == "mine"
 
 
+def test_a_reward_that_fails_leaves_the_states_and_says_how_to_go_on(capsys, tmp_path, monkeypatch, pipeline):
+    def fails_later(self, prompt, *, store, **settings):
+        (store.folder / "state-000002").mkdir(parents=True)
+        raise RewardError("the judge went home")
+
+    monkeypatch.setattr(FakePipeline, "__call__", fails_later)
+    line = error_of(capsys, "generate", PROMPT, "--out", "a.mp4", code=1)
+    assert "the judge went home; the chunks before are saved, the same command with --resume goes on" in line
+    assert files(tmp_path) == ["a.resume"]
+    assert files(tmp_path / "a.resume") == ["state-000002"]
+
+
 def test_results_before_a_failure_stay(capsys, tmp_path, monkeypatch, pipeline):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     call = FakePipeline.__call__

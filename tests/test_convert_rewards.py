@@ -18,7 +18,8 @@ from convert import instructions
 from convert.engine import plan
 from convert.instructions import read_instructions, texts_of
 from convert.lora import LoRASource
-from convert.rewards import convert_rewards
+from convert.reward_files import model_config_of, video_config_of
+from convert.rewards import convert_rewards, prepare_hpsv3
 from convert.rewards_table import published_name, reward_rules, split_peft
 from convert.sources import SafetensorsSource
 from streamt1_jax import cli
@@ -124,6 +125,29 @@ class TestNames:
         assert ours.dtype == ml_dtypes.bfloat16
         merged = w.numpy() + np.float32(8 / 4) * (b.numpy() @ a.numpy())
         assert_equal("merged", ours.astype(np.float32), merged.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+class TestOlderFiles:
+    @pytest.mark.parametrize("layout", ["HPSv3.pth", "pytorch_model.bin", "shards"])
+    def test_the_same_weights_from_files_of_pytorch(self, case, layout):
+        path = case / "hpsv3/HPSv3.safetensors"
+        tensors = tensors_of(path)
+        path.unlink()
+        if layout == "shards":
+            names = [f"pytorch_model-{i:05d}-of-00002.bin" for i in (1, 2)]
+            where = {key: names[i % 2] for i, key in enumerate(sorted(tensors))}
+            for name in names:
+                torch.save({key: x for key, x in tensors.items() if where[key] == name}, case / "hpsv3" / name)
+            index = json.dumps({"metadata": {}, "weight_map": where})
+            (case / "hpsv3/pytorch_model.bin.index.json").write_text(index)
+        else:
+            torch.save(tensors, case / "hpsv3" / layout)
+            if layout == "pytorch_model.bin":
+                torch.save({"epochs": 3}, case / "hpsv3/training_args.bin")
+        source = prepare_hpsv3(sources(case, IMAGE), json.loads((case / "templates.json").read_text())["hpsv3"]).source
+        assert source.shapes.keys() == tensors.keys()
+        for key, x in tensors.items():
+            assert_equal(key, source.read(key).astype(np.float32), x.float())
 
 
 HPSV3_SOURCE = '''
@@ -265,11 +289,73 @@ class TestFaults:
             ({"model_config": {"output_dim": 3}}, "the head has 1 outputs and model_config.json says 3"),
             ({"inference_config": {"MQ_std": None}}, "MQ_std is missing"),
             ({"peft_lora_config": {"lora_r": 64}}, "expected rank 64"),
+            ({"peft_lora_config": {"lora_r": 32}}, r"ranks are \[4\], expected rank 32"),  # a width of its layers
+            ({"data_config": []}, r"data_config is \[\], not an object"),
+            ({"data_config": {"num_frames": "8"}}, "num_frames is '8', not null or a whole number, at least 2"),
+            ({"data_config": {"num_frames": 1}}, "num_frames is 1, not"),
+            ({"data_config": {"num_frames": True}}, "num_frames is True, not"),
+            ({"data_config": {"max_frame_pixels": 0}}, "max_frame_pixels is 0, not a whole number, at least 784"),
+            ({"data_config": {"fps": 0}}, "fps is 0, not a number above 0"),
+            ({"data_config": {"fps": True}}, "fps is True, not"),
+            ({"inference_config": {"VQ_std": 0}}, "VQ_std is 0, not a number above 0"),
+            ({"inference_config": {"TA_std": float("nan")}}, "TA_std is nan, not"),
+            ({"inference_config": {"MQ_mean": float("inf")}}, "MQ_mean is inf, not a number"),
         ],
     )
     def test_a_model_config_of_another_kind(self, case, changes, words):
         edit_json(case / "videoreward/model_config.json", **changes)
         refused(case, VIDEO, words)
+
+    def test_several_files_of_weights_are_named(self, case):
+        tensors = tensors_of(case / "hpsv3/HPSv3.safetensors")
+        (case / "hpsv3/HPSv3.safetensors").unlink()
+        for name in ("a.pth", "b.bin"):
+            torch.save(tensors, case / "hpsv3" / name)
+        refused(case, IMAGE, r"found a\.pth, b\.bin, expected one .safetensors file or one of PyTorch")
+
+    def test_a_section_that_is_null(self, case):
+        path = case / "videoreward/model_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "data_config": None}))
+        refused(case, VIDEO, "data_config is None, not an object")
+
+    def test_a_number_of_frames_needs_no_rate(self, case):
+        path = case / "videoreward/model_config.json"
+        edit_json(path, data_config={"fps": None, "num_frames": 8})
+        video = video_config_of(model_config_of(path))
+        assert (video.fps, len(video.frames(81, 16.0)), len(video.frames(81, 4.0))) == (None, 8, 8)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"hidden_size": "64"}, {"num_attention_heads": 0}, {"vision_config": 3}, {"num_hidden_layers": None}],
+    )
+    def test_a_config_that_makes_no_network(self, case, changes):
+        path = case / "base_image/config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        refused(case, IMAGE, "makes no network|do not fit|no rule|wrong shape")
+
+    def test_a_processor_that_divides_by_nothing(self, case):
+        edit_json(case / "base_image/preprocessor_config.json", image_std=[0.0, 1.0, 1.0])
+        refused(case, IMAGE, "expected Qwen2-VL's processor")
+
+    @pytest.mark.parametrize(
+        ("template", "words"),
+        [
+            ("{% for %}", "TemplateSyntaxError"),
+            ("{{ raise_exception('no images') }}", "TemplateError: no images"),
+            ("{{ messages.none.none }}", "UndefinedError"),
+            ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ],
+    )
+    def test_a_chat_template_that_fails(self, case, template, words):
+        edit_json(case / "base_image/chat_template.json", chat_template=template)
+        refused(case, IMAGE, f"the chat template .* fails with {words}")
+
+    @pytest.mark.parametrize("name", ["base_image/chat_template.jinja", "templates.py"])
+    def test_files_that_are_no_text(self, case, name):
+        (case / name).write_bytes(b"x = '\xff'")
+        templates = str(case / ("templates.json" if "base" in name else name))
+        with pytest.raises(WeightsError, match="is no text"):
+            convert_rewards(sources(case, IMAGE, templates=[templates]), case.parent / "out")
 
     @pytest.mark.parametrize(
         ("name", "words"),

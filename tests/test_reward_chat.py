@@ -106,7 +106,9 @@ class TestPromptsAreText:
 
 class TestRefused:
     def test_a_text_without_the_prompt(self):
-        for text in ("no place <|Reward|>", "{other} {text_prompt} <|Reward|>", "{text_prompt", "{text_prompt}" * 2):
+        texts = ["no place <|Reward|>", "{other} {text_prompt} <|Reward|>", "{text_prompt", "{text_prompt}" * 2]
+        texts += ["{text_prompt.x}", "{text_prompt[0]}", "{text_prompt[x]}", "{text_prompt:.1}", "{text_prompt!s:d}"]
+        for text in texts:
             with pytest.raises(WeightsError, match="text_prompt"):
                 instruction("hpsv3", text)
 
@@ -146,5 +148,5 @@ class TestRefused:
 
     def test_a_chat_template_runs_in_a_sandbox(self):
         escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-        with pytest.raises(Exception, match="unsafe"):
+        with pytest.raises(WeightsError, match="unsafe"):
             Instruction(TEMPLATES["hpsv3"], escape, "image", RESERVED["hpsv3"]).render("a cat")

@@ -290,7 +290,7 @@ class TestPrecision:
             quantize_=lambda model, config: seen.append((type(model).__name__, config)),
             Int8WeightOnlyConfig=lambda: "int8",
         )
-        monkeypatch.setattr("streamt1_jax.rewards.loading.importlib.import_module", lambda name: quantization)
+        monkeypatch.setattr("streamt1_jax.rewards.placement.importlib.import_module", lambda name: quantization)
         model = PublishedRewards(folder, device="cpu", precision="int8").load("videoreward")
         assert seen == [("Qwen2VLModel", "int8")]
         assert model.reader.network.body_dtype == torch.bfloat16

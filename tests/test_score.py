@@ -1,6 +1,7 @@
 """The published rewards on the command line: `score`, `generate` with both tiny models, `doctor`; and a user's own."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -80,7 +81,9 @@ class TestScore:
         report, argv = tmp_path / "s.json", ("--set", "rewards.short=native", "--json", tmp_path / "s.json")
         argv = ("score", tmp_path / "b.mp4", "--prompt", "x", "--rewards", rewards, "--fps", "4", *argv)
         assert streamt1(*argv) == 0
-        (entry,) = json.loads(report.read_text())["videos"]
+        written = json.loads(report.read_text())
+        (entry,) = written["videos"]
+        assert "fps" not in written["models"]["long"]  # a run's, which is not this video's
         assert (entry["fps"], entry["fps_from"], entry["scores"]["long"]["frames_used"]) == (4.0, "--fps", 12)
         assert entry["scores"]["short"]["name"] == "native_short"
 
@@ -105,6 +108,7 @@ class TestScore:
             (("a.mp4", "--prompt", "x", "--fps", "0"), "--fps is 0.0"),
             (("a.mp4", "--prompt", "x", "--rewards", "hpsv3"), "needs converted weights, expected their folder"),
             (("a.mp4", "--prompt", "x", "--rewards", "hspv3"), "did you mean 'hpsv3'?"),
+            (("a.mp4", "--prompt", "x", "--rewards", "nothere"), "no reward 'nothere' and no such folder"),
             (("a.mp4", "--prompt", "x", "--json", "a.mp4"), "exists"),
             (("a.mp4", "--prompt", "x", "--json", "no/a.json"), "does not exist"),
             (("a.mp4", "--prompt", "x", "--set", "rewards.precision=fp4"), "precision is 'fp4', expected one of"),
@@ -179,9 +183,19 @@ class TestChoice:
         short, long = make_rewards(mixed, PromptTable(), check_choice(mixed))
         assert (short.name, long.name) == ("hpsv3", "native_long")
 
-    def test_names_by_flag_win_over_set(self):
-        config = load_settings(None, cli.reward_overrides("native", None, ["rewards.short=mine:A"])).rewards
-        assert (config.short, config.long) == ("native", "native")
+    @pytest.mark.parametrize("flag", ["native", "native,native"])
+    def test_set_changes_one_of_two_names_by_flag(self, flag):
+        config = load_settings(None, cli.reward_overrides(flag, None, ["rewards.short=mine:A"])).rewards
+        assert (config.short, config.long) == ("mine:A", "native")
+
+    def test_a_folder_that_is_not_needed_must_still_exist(self, capsys, video, tmp_path):
+        argv = ("score", video, "--prompt", "x", "--set", f"rewards.dir={tmp_path / 'nothere'}")
+        assert "nothere" in error_of(capsys, *argv, code=3)
+
+    def test_eight_bits_without_the_library_are_refused_before_any_weights(self, rewards, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+        with pytest.raises(BadInputError, match=r"streamt1-jax\[int8\]"):
+            check_choice(self.settings(rewards, "rewards.precision=int8"))
 
     def test_one_model_serves_both_roles_and_is_loaded_once(self, rewards):
         config = self.settings(rewards, "rewards.short=videoreward")

@@ -7,6 +7,7 @@
 
 import functools
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,8 +42,9 @@ class Instruction:
 
     def __post_init__(self):
         try:
-            holds_prompt = self.template.format(text_prompt=_STAND_IN).count(_STAND_IN) == 1
-        except (KeyError, IndexError, ValueError):  # braces around something else
+            braces = [rest for _, *rest in string.Formatter().parse(self.template) if rest[0] is not None]
+            holds_prompt = braces == [[PLACEHOLDER.strip("{}"), "", None]]
+        except ValueError:  # braces that do not close
             holds_prompt = False
         if not holds_prompt:
             raise WeightsError(
@@ -51,12 +53,21 @@ class Instruction:
             )
 
     def render(self, prompt: str) -> str:
-        """The whole conversation as text."""
+        """The whole conversation as text.
+
+        Raises:
+            WeightsError: the chat template is broken.
+        """
         text = self.template.format(text_prompt=prompt)
         content = [{"type": self.kind}, {"type": "text", "text": text}]
-        return _template(self.chat_template).render(
-            messages=[{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        messages = [{"role": "user", "content": content}]
+        try:
+            return _template(self.chat_template).render(messages=messages, add_generation_prompt=True)
+        except Exception as error:  # a template is a program: any error of Jinja's or of Python's can come out of it
+            raise WeightsError(
+                f"the chat template {self.chat_template[:60]!r}... fails with {type(error).__name__}: {error}; "
+                "expected Qwen2-VL's, download the base model's tokenizer again"
+            ) from error
 
 
 @functools.cache

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import jax
 
+from streamt1_jax.manifest import read_manifest
 from streamt1_jax.memory import memory_plan
 from streamt1_jax.rewards.base import PromptTable, Reward
 from streamt1_jax.rewards.model_settings import MODELS
-from streamt1_jax.rewards.placement import needed_bytes, refuse_overfull, share_gpu, torch_device
-from streamt1_jax.rewards.published import PublishedRewards
+from streamt1_jax.rewards.placement import eight_bit_library, needed_bytes, refuse_overfull, share_gpu, torch_device
+from streamt1_jax.rewards.published import FORMAT, PublishedRewards
 from streamt1_jax.rewards.registry import Role, resolve
 from streamt1_jax.settings import RewardsConfig, Settings
 from streamt1_jax.weights import default_dtype, find_weights
@@ -21,7 +22,7 @@ def check_choice(config: RewardsConfig) -> PublishedRewards | None:
         The folder of published models that the run needs, if it needs one; nothing of it is loaded yet.
 
     Raises:
-        BadInputError: no such reward, or a published one without its folder.
+        BadInputError: no such reward, or a published one without its folder, or without the library for its precision.
         WeightsError: the folder holds no converted rewards, or not these.
     """
     names = published_names(config)
@@ -29,7 +30,11 @@ def check_choice(config: RewardsConfig) -> PublishedRewards | None:
         for role, spec in roles(config).items():
             if ":" not in spec:
                 resolve(spec, role, PromptTable())
+        if config.dir is not None:  # not needed, and still not to be misspelt
+            read_manifest(Path(config.dir), FORMAT)
         return None
+    if config.precision == "int8":
+        eight_bit_library()
     published = PublishedRewards(Path(config.dir), config.device, config.precision, batch_bytes=1e9 * config.batch_gb)
     for role, spec in roles(config).items():
         if spec in MODELS:

@@ -1,7 +1,6 @@
 """A reward model from its files: structure first, without memory, then one tensor after the other onto the device."""
 
 import functools
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamt1_jax.errors import BadInputError, WeightsError
+from streamt1_jax.errors import StreamT1Error, WeightsError
 from streamt1_jax.rewards.chat import RewardTokenizer
 from streamt1_jax.rewards.clips import ClipReader
 from streamt1_jax.rewards.hpsv3 import HPSv3, hpsv3_head
 from streamt1_jax.rewards.model_settings import HPSV3, ModelSettings
+from streamt1_jax.rewards.placement import eight_bit_library
 from streamt1_jax.rewards.qwen2vl import RewardNetwork, empty_network, fill, reward_config
 from streamt1_jax.rewards.videoreward import VideoReward, videoreward_head
 
@@ -30,8 +30,20 @@ def head_of(settings: ModelSettings) -> Callable[[int], nn.Module]:
 
 
 def network_of(settings: ModelSettings, config: Mapping[str, Any], tokenizer: RewardTokenizer) -> RewardNetwork:
-    """The network that belongs to a model's settings, its parameters empty."""
-    return empty_network(reward_config(config, tokenizer.length), head_of(settings), tokenizer.pad_id)
+    """The network that belongs to a model's settings, its parameters empty.
+
+    Raises:
+        WeightsError: the config is of another model, or of none that can be built.
+    """
+    try:
+        return empty_network(reward_config(config, tokenizer.length), head_of(settings), tokenizer.pad_id)
+    except StreamT1Error:
+        raise
+    except Exception as error:  # transformers raises what comes: of types, of divisions by a size, of its own
+        raise WeightsError(
+            f"the base's config.json makes no network ({type(error).__name__}: {' '.join(str(error).split())}), "
+            "expected that of Qwen2-VL; download it again"
+        ) from error
 
 
 def load_scorer(
@@ -53,14 +65,18 @@ def load_scorer(
 
     Raises:
         WeightsError: the files do not fit each other.
+        BadInputError: the library for eight bits is not installed.
     """
+    library = eight_bit_library() if precision == "int8" else None
     words = RewardTokenizer(settings.instruction, tokenizer)
     network = network_of(settings, config, words)
     # Eight bits are made on the host, so that the device never holds sixteen.
     first = torch.device("cpu") if precision == "int8" else device
     network = fill(network, _tensors(weights, first, precision, keep_head=settings.name == HPSV3), first)
-    if precision == "int8":
-        network = _quantised(network).to(device)
+    if library is not None:
+        # Linear layers of the body alone, a scale for each output; activations stay bfloat16.
+        library.quantize_(network.model, library.Int8WeightOnlyConfig())
+        network = network.to(device)
     reader = ClipReader(network, words, settings.patches, device, batch_bytes)
     return scorer_of(settings, reader)
 
@@ -81,16 +97,3 @@ def _tensors(path: Path, device: torch.device, precision: str, *, keep_head: boo
                 yield name, tensor if dtype is None or (keep_head and name.startswith(HEAD)) else tensor.to(dtype)
     except SafetensorError as error:
         raise WeightsError(f"{path}: {error}, expected safetensors; convert the rewards again") from error
-
-
-def _quantised(network: RewardNetwork) -> RewardNetwork:
-    """Linear layers of the body with eight-bit weights, a scale for each output; activations stay bfloat16."""
-    try:
-        torchao = importlib.import_module("torchao.quantization")
-    except ImportError as error:
-        raise BadInputError(
-            "rewards.precision is int8, and torchao is not installed; pip install 'streamt1-jax[int8]', or choose "
-            "bfloat16"
-        ) from error
-    torchao.quantize_(network.model, torchao.Int8WeightOnlyConfig())
-    return network

@@ -22,14 +22,17 @@ DIMENSIONS = ("VQ", "MQ", "TA")
 class VideoRewardConfig:
     """VideoReward's own numbers, of its `model_config.json`."""
 
-    fps: float  # frames a second that it takes
+    fps: float | None  # frames a second that it takes; None only where the next is set
     num_frames: int | None  # or this many of every video
     mean: tuple[float, ...]  # of each dimension, in the order of `DIMENSIONS`
     std: tuple[float, ...]
 
     def frames(self, count: int, fps: float) -> Int64[np.ndarray, "n"]:
         """Indices of the frames taken of a video of `count` frames at `fps`."""
-        return sample_frames(count, fps, sample_fps=self.fps, fixed=self.num_frames)
+        if self.num_frames is not None:
+            return sample_frames(count, fps, fixed=self.num_frames)
+        assert self.fps is not None  # refused where the settings were read
+        return sample_frames(count, fps, sample_fps=self.fps)
 
 
 @dataclass(frozen=True)

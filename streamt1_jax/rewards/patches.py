@@ -2,8 +2,9 @@
 
 - Equal to the published processors, which go frame by frame through PIL (HPSv3) or torchvision (VideoReward).
 - `resize_like_pil` is PIL's own fixed-point arithmetic on whole batches: a pass along rows, rounded to uint8, then one
-  along columns. All its numbers are integers, so every device gives the same. Pillow 13 swaps the passes where a frame
-  grows in width and shrinks in height; up to Pillow 12, and so for the published scores, the order is always this.
+  along columns. All its numbers are integers, so every device gives the same. This is always the order up to Pillow 12,
+  and so of the published scores. Pillow 13 may choose either order, also where both sides shrink, and the two differ by
+  a rounding; so the passes are asked for one at a time, and any Pillow gives the same.
 """
 
 import numpy as np

@@ -4,10 +4,11 @@ JAX takes a fixed part of every GPU when it starts (three quarters by default), 
 So the part is worked out before JAX starts, from the memory plan of the run and the sizes of the reward models.
 """
 
+import importlib
 import math
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, RewardError
 
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
 GIGABYTE = 1e9
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 CONTEXT_BYTES = 1.5e9  # CUDA's context and the libraries' buffers of torch, beside its tensors
+
+
+def eight_bit_library() -> Any:
+    """torchao's module that makes eight-bit weights.
+
+    Raises:
+        BadInputError: it is not installed.
+    """
+    try:
+        return importlib.import_module("torchao.quantization")
+    except ImportError as error:
+        raise BadInputError(
+            "rewards.precision is int8, and torchao is not installed; pip install 'streamt1-jax[int8]', or choose "
+            "bfloat16"
+        ) from error
 
 
 def torch_device(name: str | None) -> "torch.device":

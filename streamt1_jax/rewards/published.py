@@ -115,7 +115,7 @@ class PublishedRewards:
         video = scorer.settings.video
         if video is None:
             return host_reward(name, scorer, prompts, borrow=True, explain=scorer.explain, about=about)
-        about |= {"frames_a_second": video.fps, "mean": video.mean, "std": video.std}
+        about |= {"frames_a_second": video.fps, "frames_fixed": video.num_frames, "mean": video.mean, "std": video.std}
         # A video of one frame is refused by the model, in its own words.
         choose = lambda count: video.frames(count, FPS) if count > 1 else [0]  # noqa: E731
         return host_reward(name, scorer, prompts, borrow=True, choose=choose, explain=scorer.explain, about=about)

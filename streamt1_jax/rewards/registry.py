@@ -69,8 +69,8 @@ def resolve(
     if spec not in BUILT_IN:
         names = (*sorted(BUILT_IN), *MODELS)
         raise BadInputError(
-            f"there is no reward {spec!r}{_closest(spec, names)}; expected one of {', '.join(names)}, "
-            "your own as package.module:Name, or a folder of converted rewards"
+            f"there is no reward {spec!r} and no such folder{_closest(spec, names)}; expected one of "
+            f"{', '.join(names)}, your own as package.module:Name, or a folder of converted rewards"
         )
     return BUILT_IN[spec][role]()
 

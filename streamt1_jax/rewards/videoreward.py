@@ -2,6 +2,7 @@
 
 The score is "Overall": the sum of the three, each less its mean and over its standard deviation on the training set.
 Negative is normal. The caption stands after the tokens of VQ and MQ, so those two cannot depend on the prompt.
+All three come from one pass; a run judges a clip for one prompt, so nothing is computed twice.
 """
 
 from collections.abc import Sequence
