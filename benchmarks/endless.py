@@ -20,16 +20,19 @@ from streamt1_jax.weights import MiniWeights, random_params
 PROMPTS = ("a red circle moves right", "a blue square spins")
 
 
-class TinyWeights(MiniWeights):
-    """Random numbers for the sizes of `ModelConfig.tiny`."""
+class TinyWeights:
+    """Random numbers for the sizes of `ModelConfig.tiny`, with the embedded model's tokenizer."""
 
-    config = ModelConfig.tiny()
+    config, tokenizer = ModelConfig.tiny(), MiniWeights.tokenizer
 
     def generator_params(self, dtype):
         return {name: random_params(network_graph(self.config, name, dtype)[1], 0) for name in ("dit", "decoder")}
 
     def text_params(self, dtype):
         return random_params(network_graph(self.config, "text", dtype)[1], 0)
+
+    def describe(self):
+        return {"name": "tiny", "summary": "random numbers", "trained": False}
 
 
 def resident_megabytes() -> float:

@@ -57,16 +57,7 @@ def plan_jobs(args: argparse.Namespace, settings: Settings) -> tuple[list[Job], 
     video = Path(args.out)
     sweep_results(video if args.prompts_file is not None else video.parent)
     asked_for = [
-        fingerprint(
-            asked(
-                script.prompt,
-                segments,
-                settings.generate.seed,
-                chunks,
-                run,
-                (settings.rewards.short, settings.rewards.long),
-            )
-        )
+        fingerprint(asked(script.prompt, segments, settings.generate.seed, chunks, run))
         for script, segments in zip(scripts, plans, strict=True)
     ]
 

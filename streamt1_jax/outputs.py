@@ -229,12 +229,6 @@ def refuse_existing(path: Path) -> None:
         raise BadInputError(f"the output {str(path)!r} appeared meanwhile: name another with --out, or use --overwrite")
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_json(path: str | Path, data: Any, *, overwrite: bool = True) -> None:
     """Writes `data` as JSON; NaN and infinities become null, since JSON has neither."""
     with atomic_write(path, overwrite=overwrite) as temporary:

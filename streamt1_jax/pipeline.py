@@ -245,8 +245,7 @@ class StreamT1Pipeline:
         segments = plan_switches(switches, config.stream, chunks, fps=FPS, time_factor=factor)
         made = self._search(config, height or trained[0], width or trained[1], rewards, noise)
         self.params = place(made.mesh, self.params)
-        short, long = (reward if isinstance(reward, str) else reward.name for reward in rewards)
-        request = Request(prompt, segments, seed, chunks, made, (short, long))
+        request = Request(prompt, segments, seed, chunks, made)
         self.encode(request.prompts, strict=strict)
         return request
 
@@ -280,19 +279,26 @@ class StreamT1Pipeline:
             "complete": len(results) == request.chunks,
             "sha256": digests(latents, video),
         }
-        long = request.search.long
-        # What the score was made of, with the frames and the rate that it depends on; a mean of parts has no such.
-        if long.explain is not None and len(request.prompts) == 1:
-            info["final_reward"] = long.explain(video, request.prompt, float(FPS))
+        if (explain := request.search.long.explain) is not None:
+            # What the score was made of, with the frames and the rate that it depends on; a list for several prompts.
+            parts = [
+                explain(video[begin:end], prompt, float(FPS))
+                for begin, end, prompt in self._parts(request, trace, video)
+            ]
+            info["final_reward"] = parts if trace.switches else parts[0]
         return Output(video, latents, trace, FPS, info)
+
+    def _parts(self, request: Request, trace: Trace, video: np.ndarray) -> list[tuple[int, int, str]]:
+        """(first frame, end, prompt) of what was shown under each prompt."""
+        shown = [(0, request.prompt), *((switch.chunk, switch.prompt) for switch in trace.switches)]
+        starts = [first_frame(chunk, request.config.stream, self.config.vae.time_factor) for chunk, _ in shown]
+        prompts = (prompt for _, prompt in shown)
+        return list(zip(starts, [*starts[1:], len(video)], prompts, strict=True))
 
     def _final_score(self, request: Request, trace: Trace, video: np.ndarray) -> float:
         """Of one beam's video; where the prompt changes, the mean over its parts, each by its own prompt."""
-        shown = [(0, request.prompt), *((switch.chunk, switch.prompt) for switch in trace.switches)]
-        starts = [first_frame(chunk, request.config.stream, self.config.vae.time_factor) for chunk, _ in shown]
-        parts = zip(starts, [*starts[1:], len(video)], shown, strict=True)
         total = 0.0
-        for begin, end, (_, prompt) in parts:
+        for begin, end, prompt in self._parts(request, trace, video):
             score = score_video(request.search.long, video[begin:end], jnp.int32(self.prompts.add(prompt)))
             total += score * (end - begin) / len(video)
         return total
@@ -300,7 +306,9 @@ class StreamT1Pipeline:
     def _identity(self, request: Request) -> dict[str, Any]:
         """All that the bits of a run depend on, but for the machine."""
         height, width = request.search.generator.frame_shape
+        rewards = (request.search.short, request.search.long)
         made_with = {
+            "rewards": [{"name": reward.name, **reward.about} for reward in rewards],
             "size": {"height": height, "width": width},
             "dtype": jnp.dtype(self.dtype).name,
             "weights": self.weights.describe(),

@@ -13,10 +13,8 @@ from streamt1_jax.outputs import plain
 from streamt1_jax.segments import Segment
 
 
-def asked(
-    prompt: str, segments: Sequence[Segment], seed: int, chunks: int, config: RunConfig, rewards: Sequence[str]
-) -> dict[str, Any]:
-    """What a user asked for; known before JAX is imported."""
+def asked(prompt: str, segments: Sequence[Segment], seed: int, chunks: int, config: RunConfig) -> dict[str, Any]:
+    """What a user asked for, as far as it is known before JAX is imported."""
     return normal(
         {
             "prompt": prompt,
@@ -25,7 +23,6 @@ def asked(
             "chunks": chunks,
             "stream": asdict(config.stream),
             "search": asdict(config.search),
-            "rewards": list(rewards),
         }
     )
 

@@ -28,7 +28,8 @@ import numpy as np
 
 from streamt1_jax.atomic_folder import lock, sweep
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.outputs import SOFTWARE, atomic_write, file_sha256, write_errors, write_json
+from streamt1_jax.manifest import file_sha256
+from streamt1_jax.outputs import SOFTWARE, atomic_write, write_errors, write_json
 from streamt1_jax.run_info import differences, normal
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from streamt1_jax.atomic_folder import atomic_folder
 from streamt1_jax.errors import StreamT1Error
-from streamt1_jax.outputs import file_sha256
+from streamt1_jax.manifest import file_sha256
 from streamt1_jax.params_store import orbax
 
 ARRAYS, NOTES = "arrays", "state.json"

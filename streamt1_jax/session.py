@@ -50,7 +50,6 @@ class Request:
     seed: int
     chunks: int | None  # None: endless
     search: Search
-    rewards: tuple[str, str]  # as they were asked for
 
     @property
     def config(self) -> RunConfig:
@@ -63,7 +62,7 @@ class Request:
     def asked(self) -> dict[str, Any]:
         """What the user asked for, as plain data."""
         assert self.chunks is not None, "an endless video has no end to go on to"
-        return asked(self.prompt, self.segments, self.seed, self.chunks, self.config, self.rewards)
+        return asked(self.prompt, self.segments, self.seed, self.chunks, self.config)
 
     def initial_state(self) -> StreamState:
         return init_state(self.search, self.seed, self.chunks or ENDLESS_CHUNKS)
