@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.stats import norm
 
 from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError, WeightsError
-from streamt1_jax.mini import shipped
+from streamt1_jax.mini import shipped, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.train import Recipe
 from streamt1_jax.mini.train_dit import coupled_noise, dit_task
@@ -103,7 +104,7 @@ def test_sequences_are_chunks_of_the_world(sequences):
     assert np.isfinite(sequences.latents).all()
     assert (sequences.start[:, 0] == 0).all()
     assert (np.diff(sequences.start[:, 1:], axis=1) == 3).all()
-    assert sequences.openings.shape == (3, 12)
+    assert sequences.openings.shape == (3, 2, 6)
 
 
 @pytest.mark.slow
@@ -131,17 +132,30 @@ def test_standardised_latents_decode_to_the_same_video(vae):
 
 
 def test_coupled_noise_says_the_openings_and_stays_normal():
-    keys = jax.random.split(jax.random.key(0), 2000)
-    noise = jax.vmap(lambda key: jax.random.normal(key, (3, 16, 4, 6)))(keys)
-    openings = jax.random.normal(jax.random.key(1), (2000, 12))
-    coupled = jax.vmap(coupled_noise)(noise, openings)
-    board = np.indices((4, 6)).sum(axis=0) % 2 * 2.0 - 1.0
-    said = np.einsum("nfchw,hw->nc", coupled, board) / (3 * 4 * 6) ** 0.5
-    np.testing.assert_allclose(said[:, :12], openings, atol=1e-5)
-    np.testing.assert_array_equal(coupled[:, :, 12:], noise[:, :, 12:])
-    # Every element is still of variance 1 and independent of its neighbours.
-    flat = np.asarray(coupled[:, :, 0].reshape(2000, -1))
-    np.testing.assert_allclose(np.cov(flat.T), np.eye(flat.shape[1]), atol=0.15)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    noise = jax.vmap(lambda key: jax.random.normal(key, (2, 16, 10, 16)))(keys)
+    seeds = range(4000)
+    openings = np.stack([world.draw_openings(seed) for seed in seeds]).astype(np.float32)
+    coupled = np.asarray(jax.jit(jax.vmap(coupled_noise))(noise, openings))
+    board = np.array([[0.5, -0.5], [-0.5, 0.5]])
+    read = np.einsum("ncyixj,ij->ncyx", coupled[:, 0].reshape(4000, 16, 5, 2, 8, 2), board)
+    thing = world.Thing("red", "star", "spins")
+    for n in seeds[:100]:
+        placed = world.place(world.Scene((thing, thing)), world.draw_openings(n))
+        for i, (x, y) in enumerate(placed.start):
+            row, column = int(y // 16), int(x // 16)
+            assert read[n, 7 * i, row, column] == read[n, 7 * i, 1:-1, 1:-1].max()
+            np.testing.assert_allclose(
+                norm.cdf(read[n, 7 * i + 1 : 7 * i + 3, row, column]), [x / 16 % 1, y / 16 % 1], atol=2e-3
+            )
+            np.testing.assert_allclose(read[n, 7 * i + 3 : 7 * i + 7, row, column], openings[n, i, 2:], atol=1e-5)
+    np.testing.assert_array_equal(coupled[:, 1], noise[:, 1])
+    np.testing.assert_array_equal(coupled[:, 0, 14:], noise[:, 0, 14:])
+    # All readings are still of mean 0 and variance 1 and independent of each other.
+    for channels in (slice(0, 1), slice(1, 3), slice(7, 8)):
+        flat = read[:, channels].reshape(4000, -1)
+        np.testing.assert_allclose(flat.mean(axis=0), 0.0, atol=0.07)
+        np.testing.assert_allclose(np.cov(flat.T), np.eye(flat.shape[1]), atol=0.12)
 
 
 def test_recipe_names_are_checked():

@@ -27,7 +27,7 @@ class Sequences(NamedTuple):
 
     latents: Float[HostOrDevice, "n c f C h w"]  # chunk 0, then a run of neighbours
     start: Int[HostOrDevice, "n c"]  # first latent frame of each chunk
-    openings: Float[HostOrDevice, "n z"]  # of the scene: where things are in chunk 0
+    openings: Float[HostOrDevice, "n 2 6"]  # of the scene: where things are in chunk 0
     tokens: Int[HostOrDevice, "n P"]
     mask: Int[HostOrDevice, "n P"]
 
@@ -65,9 +65,7 @@ def encode_sequences(
         start = CHUNK * np.concatenate([np.zeros((batch, 1), np.int32), runs[:, None] + np.arange(chunks - 1)], axis=1)
         prompts = [tokenizer(scene.caption()) for scene in scenes]
         ids, mask = (np.stack([getattr(prompt, key) for prompt in prompts]) for key in ("ids", "mask"))
-        parts.append(
-            Sequences(latents, start.astype(np.int32), openings.reshape(batch, -1).astype(np.float32), ids, mask)
-        )
+        parts.append(Sequences(latents, start.astype(np.int32), openings.astype(np.float32), ids, mask))
         report(min(first + batch, count))
     return Sequences(*(np.concatenate(leaves)[:count] for leaves in zip(*parts, strict=True)))
 

@@ -9,19 +9,21 @@ them. It is trained in its order, as it would be generated:
   true chunk with a little noise; the target stays the true next chunk, so errors of the context are corrected.
 - *Coupled noise* (Pooladian et al. 2023, multisample flow matching, arXiv:2304.14772). In chunk 0 nothing but noise
   says where things start, and at high noise a regression answers with the mean of all places: a blur that a few
-  steps do not mend. So at the two highest levels the noise is drawn given the places: one projection of it says
-  each of them. Its distribution over all videos stays normal, and the network has one sharp answer.
+  steps do not mend. So at the two highest levels the noise is drawn given the places (`coupled_noise`). Over all
+  videos it stays normal, and the network has one sharp answer.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from streamt1_jax.config import ModelConfig, StreamConfig
+from streamt1_jax.config import PATCH, ModelConfig, StreamConfig
 from streamt1_jax.mini.sequences import Sequences
 from streamt1_jax.mini.training import Task
+from streamt1_jax.mini.world import OPENINGS
 from streamt1_jax.models.dit import KV, CausalWanDiT, Past
 from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt
 from streamt1_jax.networks import network_graph
@@ -34,17 +36,42 @@ OWN_OUTPUT_SHARE = 0.4  # of the chunks in the cache
 APPENDED_SHARE = 0.3  # of the chunks that see a sink more
 
 
-def coupled_noise(noise: Float[Array, "f C h w"], openings: Float[Array, " z"]) -> Float[Array, "f C h w"]:
-    """`noise` with one projection a channel replaced: those of the first z channels become `openings`.
+def coupled_noise(noise: Float[Array, "f C h w"], openings: Float[Array, "2 6"]) -> Float[Array, "f C h w"]:
+    """`noise` that says where and how the two things start, and is still normal over all openings.
 
-    The projection is on a checkerboard of latent pixels, which hardly any latent has much of, so the noise can still
-    be read where it is mixed with a picture. If `openings` is normal, so is what comes out.
+    All is said in the first frame, in the patch that the thing's centre starts in, where the network finds it next to
+    what it draws. A patch reads one normal number a channel, on a checkerboard, of which a latent has hardly any:
+
+    - a channel a thing is its mark: its reading is the largest of all patches away from the border. Two readings
+      change places for that, so they stay independent and normal if starts are uniform.
+    - the next six channels read, in the marked patch, where in the patch the centre is (x, y) and the other openings.
     """
-    f, _, h, w = noise.shape
-    board = jnp.asarray(np.indices((h, w)).sum(axis=0) % 2 * 2.0 - 1.0, noise.dtype) / (f * h * w) ** 0.5
-    found = jnp.einsum("fchw,hw->c", noise, board)
-    wanted = found.at[: openings.shape[0]].set(openings)
-    return noise + (wanted - found)[:, None, None] * board
+    board = jnp.array([[1.0, -1.0], [-1.0, 1.0]], noise.dtype) / PATCH
+    first = rearrange(noise[0], "c (y i) (x j) -> c y x i j", i=PATCH, j=PATCH)
+    found = jnp.einsum("cyxij,ij->cyx", first, board)
+    wanted = found
+    inner = jnp.zeros(found.shape[1:], bool).at[1:-1, 1:-1].set(True)
+    for i in range(2):
+        mark = i * (1 + OPENINGS)
+        at, offsets = _start_patch(openings[i], found.shape[1:])
+        largest = jnp.unravel_index(jnp.argmax(jnp.where(inner, found[mark], -jnp.inf)), inner.shape)
+        wanted = wanted.at[(mark, *largest)].set(found[(mark, *at)]).at[(mark, *at)].set(found[(mark, *largest)])
+        said = jnp.concatenate([offsets, openings[i, 2:]])
+        wanted = wanted.at[(slice(mark + 1, mark + 1 + OPENINGS), *at)].set(said)
+    first = first + (wanted - found)[..., None, None] * board
+    return noise.at[0].set(rearrange(first, "c y x i j -> c (y i) (x j)"))
+
+
+def _start_patch(opening: Float[Array, "6"], grid: tuple[int, int]) -> tuple[tuple[Array, Array], Float[Array, "2"]]:
+    """The patch (row, column) that a thing's centre starts in, and where in it: (x, y) as normal numbers.
+
+    Starts are uniform over all patches but those at the border (`world.EDGE` is a patch).
+    """
+    inner = jnp.array([grid[1] - 2, grid[0] - 2])
+    place = jax.scipy.stats.norm.cdf(opening[:2]) * inner.astype(jnp.float32)
+    patch = jnp.minimum(place.astype(jnp.int32), inner - 1)
+    inside = jnp.clip(place - patch.astype(jnp.float32), 1e-3, 1 - 1e-3)
+    return (1 + patch[1], 1 + patch[0]), jax.scipy.stats.norm.ppf(inside)
 
 
 def dit_task(

@@ -49,6 +49,7 @@ BACKGROUNDS = ("black", "gray", "brown", "striped", "checkered")  # a caption wi
 SPIN = 2 * math.pi / 48  # radians per frame, clockwise: a turn in three seconds
 GROWTH = 0.35  # the radius changes by this share, up and down
 GROWTH_PERIOD = 64  # frames
+EDGE = 16  # pixels; no centre starts closer to the border
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,7 @@ def place(scene: Scene, openings: Float[np.ndarray, "2 6"]) -> Placed:
 def _place_thing(thing: Thing, opening: Float[np.ndarray, "6"]) -> dict[str, np.ndarray]:
     x, y, right, down, angle, phase = map(NormalDist().cdf, opening)  # uniform in 0 to 1
     radius = SIZES[thing.size]
-    margin = radius * (1 + GROWTH)
-    start = np.array([margin + x * (WIDTH - 2 * margin), margin + y * (HEIGHT - 2 * margin)])
+    start = np.array([EDGE + x * (WIDTH - 2 * EDGE), EDGE + y * (HEIGHT - 2 * EDGE)])
     speed = SPEEDS[thing.speed]
     velocity = np.zeros(2)
     if thing.motion in MOVES:
