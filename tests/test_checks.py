@@ -14,7 +14,7 @@ NAMES = [field.name for field in dataclasses.fields(Checks)]
 SCENES = {
     "moves": "a red circle moves right and a blue square moves up quickly on a striped background",
     "bounces": "a small cyan star bounces and a large purple ring moves left slowly",
-    "spins": "a large green triangle spins and an orange cross bounces slowly on a gray background",
+    "spins": "a green triangle spins and a small orange cross bounces slowly on a gray background",
     "grows": "a yellow ring grows and shrinks and a white cross spins on a checkered background",
     "stands": "a white square stands still and a small red triangle spins on a brown background",
 }
