@@ -31,6 +31,8 @@ from streamt1_jax.schedule import few_step_schedule
 from streamt1_jax.types import Chunk, Scalar
 
 COUPLED_LEVELS = 2  # of the schedule, from the noisiest on
+# All goes on from chunk 0, for which there is nothing but noise and prompt, and whose passes are the cheapest.
+FIRST_CHUNK_WEIGHT, FIRST_CHUNK_DRAWS = 2.0, 3
 CONTEXT_NOISE = 0.3  # at most; the sigma of what is added to a true chunk in the cache
 OWN_OUTPUT_SHARE = 0.4  # of the chunks in the cache
 APPENDED_SHARE = 0.3  # of the chunks that see a sink more
@@ -134,21 +136,23 @@ def dit_task(
                 return jnp.mean((flow - (noise - clean)) ** 2), noisy - sigmas[level] * flow
 
             # One of the noisier levels and one of the others.
-            levels = jax.random.randint(key_level, (2,), jnp.array([0, half]), jnp.array([half, len(sigmas)]))
-            loss, estimates = jax.vmap(denoise)(levels, jax.random.split(key_noise))
+            draws = FIRST_CHUNK_DRAWS if chunk == 0 else 1
+            low, high = (jnp.tile(jnp.array(ends), draws) for ends in ((0, half), (half, len(sigmas))))
+            levels = jax.random.randint(key_level, (2 * draws,), low, high)
+            loss, estimates = jax.vmap(denoise)(levels, jax.random.split(key_noise, 2 * draws))
             losses.append(jnp.mean(loss))
             if chunk + 1 < chunks:
                 seen = _context(clean, estimates[1], key_context)
                 caches.append(dit.context(seen, context_time, text, past, start_frame))
         # After a gap in time the first chunk has no neighbour to go on from.
         follows = example.start[1] == stream.latent_frames_per_chunk
-        weights = jnp.ones(chunks).at[1].set(follows.astype(jnp.float32))
+        weights = jnp.ones(chunks).at[0].set(FIRST_CHUNK_WEIGHT).at[1].set(follows.astype(jnp.float32))
         return jnp.stack(losses) * weights, weights
 
     def loss(params: PyTree, examples: Sequences, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
         keys = jax.random.split(key, batch)
         losses, weights = jax.vmap(one, in_axes=(None, 0, 0))(params, examples, keys)
-        figures = {"chunk_0": jnp.mean(losses[:, 0]), "last_chunk": jnp.mean(losses[:, -1])}
+        figures = {"chunk_0": jnp.mean(losses[:, 0]) / FIRST_CHUNK_WEIGHT, "last_chunk": jnp.mean(losses[:, -1])}
         return jnp.sum(losses) / jnp.sum(weights), figures
 
     def draw(step: int) -> Sequences:
