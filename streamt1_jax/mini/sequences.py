@@ -31,6 +31,10 @@ class Sequences(NamedTuple):
     tokens: Int[HostOrDevice, "n P"]
     mask: Int[HostOrDevice, "n P"]
 
+    def first_chunks(self) -> "Sequences":
+        """Chunk 0 of each alone."""
+        return self._replace(latents=self.latents[:, :1], start=self.start[:, :1])
+
 
 def encode_sequences(
     config: ModelConfig,

@@ -2,9 +2,10 @@
 
 vae        short clips, on which shapes and colours are learned quickly
 vae_long   longer ones: a causal network sees more and more of the past as a video goes on
+vae_stream the end of clips after a long past, as a decoder in the middle of a video sees it
 (encode)   sequences of the world as latents, kept in the folder
-dit        flow matching with true chunks in the cache
-dit_own    the same with the network's own outputs in the cache
+dit_first  first chunks alone, many at a time: where noise says that things are is learned from nothing else
+dit        whole sequences, with the cache of inference
 """
 
 import dataclasses
@@ -45,6 +46,8 @@ class Recipe:
     vae_long: int = 1400
     vae_stream: int = 400
     sequences: int = 2000
+    dit_first: int = 800
+    dit_first_batch: int = 24
     dit: int = 2000
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
@@ -96,7 +99,9 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
     vae = run(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
     data = _sequences(out, config, vae, recipe, seed, report)
-    made = run(dit_task("dit", config, stream, data, steps=recipe.dit, batch=recipe.dit_batch, seed=seed))
+    dit = functools.partial(dit_task, config=config, stream=stream, seed=seed)
+    made = run(dit("dit_first", data=data.first_chunks(), steps=recipe.dit_first, batch=recipe.dit_first_batch))
+    made = run(dit("dit", data=data, start=made, steps=recipe.dit, batch=recipe.dit_batch))
     save_mini(out, {"vae": vae, **made}, _origin(recipe, seed))
 
 

@@ -144,16 +144,17 @@ def dit_task(
             if chunk + 1 < chunks:
                 seen = _context(clean, estimates[1], key_context)
                 caches.append(dit.context(seen, context_time, text, past, start_frame))
-        # After a gap in time the first chunk has no neighbour to go on from.
-        follows = example.start[1] == stream.latent_frames_per_chunk
-        weights = jnp.ones(chunks).at[0].set(FIRST_CHUNK_WEIGHT).at[1].set(follows.astype(jnp.float32))
-        return jnp.stack(losses) * weights, weights
+        weights = jnp.ones(chunks).at[0].set(FIRST_CHUNK_WEIGHT)
+        if chunks > 1:  # after a gap in time the first chunk has no neighbour to go on from
+            follows = example.start[1] == stream.latent_frames_per_chunk
+            weights = weights.at[1].set(follows.astype(jnp.float32))
+        return jnp.stack(losses), weights
 
     def loss(params: PyTree, examples: Sequences, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
         keys = jax.random.split(key, batch)
         losses, weights = jax.vmap(one, in_axes=(None, 0, 0))(params, examples, keys)
-        figures = {"chunk_0": jnp.mean(losses[:, 0]) / FIRST_CHUNK_WEIGHT, "last_chunk": jnp.mean(losses[:, -1])}
-        return jnp.sum(losses) / jnp.sum(weights), figures
+        figures = {"chunk_0": jnp.mean(losses[:, 0]), "last_chunk": jnp.mean(losses[:, -1])}
+        return jnp.sum(losses * weights) / jnp.sum(weights), figures
 
     def draw(step: int) -> Sequences:
         rows = np.random.default_rng((seed, step)).choice(len(data.latents), batch, replace=False)
