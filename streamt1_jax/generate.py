@@ -12,10 +12,11 @@ from streamt1_jax.errors import BadInputError, RewardError
 from streamt1_jax.outputs import (
     SOFTWARE,
     RunPaths,
+    check_beside,
     folder_outputs,
-    made_here,
     make_folder,
     single_output,
+    write_errors,
     write_json,
 )
 from streamt1_jax.progress import Progress
@@ -100,13 +101,15 @@ def _read_scripts(args: argparse.Namespace) -> tuple[list[Script], int]:
 
 def _check_run_folder(job: Job, args: argparse.Namespace) -> None:
     folder = job.paths.resume
-    if args.live and job.paths.live.exists() and not made_here(job.paths.live):
-        raise BadInputError(f"{str(job.paths.live)!r} exists and was not made by {SOFTWARE}: move it")
+    if args.live:
+        check_beside(job.paths.live, overwrite=args.overwrite or args.resume)
     if args.no_state:
         if args.resume:
             raise BadInputError("--resume goes on from saved states, which --no-state switches off: drop one of them")
         return
-    if not folder.exists() or job.finished:
+    with write_errors(folder):  # a name too long
+        exists = folder.exists()
+    if not exists or job.finished:
         return
     if not folder.is_dir() or (not holds_run(folder) and any(folder.iterdir())):
         raise BadInputError(f"{str(folder)!r} exists and was not made by {SOFTWARE}: move it or name another --out")

@@ -121,6 +121,12 @@ def json_output(out: str | Path, *, overwrite: bool = False) -> Path:
     return path
 
 
+def check_beside(path: Path, *, overwrite: bool) -> None:
+    """Raises `BadInputError` unless nothing stands at `path` or, with `overwrite`, a file that this program wrote."""
+    with write_errors(path):
+        _check_file(path, overwrite, named=False)
+
+
 def make_folder(folder: Path) -> None:
     """Makes the last part of a path, if it is not there."""
     try:

@@ -299,7 +299,19 @@ def test_a_folder_of_someone_else_is_left_alone(capsys, tmp_path, pipeline):
     for flags in ([], ["--resume"], ["--overwrite"]):
         assert "was not made by" in error_of(capsys, "generate", PROMPT, "--out", "a.mp4", *flags)
     (tmp_path / "b.live.mp4").write_text("mine")
-    assert "was not made by" in error_of(capsys, "generate", PROMPT, "--out", "b.mp4", "--live")
+    (tmp_path / "c.live.mp4").mkdir()
+    (tmp_path / "d.live.mp4").symlink_to(tmp_path / "elsewhere.mp4")
+    for name, words in (("b", "was not made by"), ("c", "is no file"), ("d", "is a link to")):
+        assert words in error_of(capsys, "generate", PROMPT, "--out", f"{name}.mp4", "--live", "--overwrite")
+    assert "live.mp4' exists" in error_of(capsys, "generate", PROMPT, "--out", "b.mp4", "--live")
+    assert not pipeline.loaded
+
+
+@pytest.mark.parametrize("flags", [[], ["--live", "--no-state"]])
+def test_a_name_too_long_for_what_stands_beside_the_video_is_refused(capsys, tmp_path, pipeline, flags):
+    """`x.mp4` fits the disk, `x.resume` and `x.live.mp4` do not."""
+    name = "x" * (os.pathconf(tmp_path, "PC_NAME_MAX") - len(".html"))
+    assert "cannot be written" in error_of(capsys, "generate", PROMPT, "--out", f"{name}.mp4", *flags)
     assert not pipeline.loaded
 
 
