@@ -112,7 +112,7 @@ class RunStore:
         if not self._resume:
             self.clear()
             return None
-        if not (self.folder / RUN).exists():  # killed before the first chunk was saved
+        if not (self.folder / RUN).exists() and not self.holds_state:  # killed before the first chunk was saved
             return None
         self._compare(_read_run(self.folder))
         sweep(self.folder)
@@ -165,11 +165,8 @@ class RunStore:
     def clear(self) -> None:
         """Deletes what this program made in the folder, and the folder if nothing else is in it."""
         self.close()
-        if not self.folder.exists():
-            return
-        _delete(self.folder)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        if self.folder.exists():
+            _delete(self.folder)
 
     def close(self) -> None:
         """Waits for the thread and lets the folder go; what was saved stays."""
@@ -216,13 +213,15 @@ class RunStore:
         from streamt1_jax.saved_state import DamagedStateError, load_state
 
         folders = sorted(self.folder.glob("state-*"), reverse=True)
-        for folder in folders:
+        for number, folder in enumerate(folders):
             try:
                 state, notes = load_state(folder, self._like)
                 records = self._records(notes["committed"], notes["records"])
             except DamagedStateError as error:
                 warnings.warn(f"{error}: the state before it is used", stacklevel=4)
                 continue
+            for damaged in folders[:number]:  # Else it would stand in the way of its successor, or of the last two.
+                _discard(damaged)
             self._sum = notes["records"]
             # Copies: NumPy's memory must not become a buffer that the step consumes.
             return Saved(jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state), notes["committed"], records)
@@ -315,10 +314,12 @@ def _discard(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """What this program makes in a run's folder, by name; `run.json` and the lock last."""
+    """What this program makes in a run's folder, by name; `run.json` and the lock last, then the empty folder."""
     for pattern in ("state-*", ".state-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else None
     for pattern in ("chunk-*.npz", ".chunk-*.tmp.npz", ".run-*.tmp.json", ".results-*.tmp.json", RESULTS, RUN, LOCK):
         for path in folder.glob(pattern):
             path.unlink()
+    with contextlib.suppress(OSError):  # Something else is in it.
+        folder.rmdir()

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -261,6 +262,9 @@ def damage_state(half: Path, kind: str) -> None:
             largest.write_bytes(data[: len(data) // 2])
         case "empty":
             largest.write_bytes(b"")
+        case "emptied":
+            shutil.rmtree(newest)
+            newest.mkdir()
         case "notes":
             (newest / saved_state.NOTES).write_text((newest / saved_state.NOTES).read_text()[:-9])
         case "note changed":
@@ -275,7 +279,7 @@ def damage_state(half: Path, kind: str) -> None:
             (half / "chunk-000004.npz").unlink()
 
 
-DAMAGE = ["flipped", "truncated", "empty", "notes", "note changed", "record flipped", "record missing"]
+DAMAGE = ["flipped", "truncated", "empty", "emptied", "notes", "note changed", "record flipped", "record missing"]
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -291,6 +295,15 @@ def test_two_damaged_states_are_an_error(make, half):
         (folder / saved_state.NOTES).unlink()
     with pytest.raises(BadInputError, match="none of the 2 states"):
         resume(make, half)
+
+
+def test_states_of_a_run_that_nothing_describes_are_an_error(make, half):
+    """Another run may have made them; going on would mix both."""
+    (half / "run.json").unlink()
+    before = sorted(half.iterdir())
+    with pytest.raises(BadInputError, match=r"run\.json cannot be read"):
+        resume(make, half)
+    assert sorted(half.iterdir()) == before
 
 
 @pytest.mark.parametrize(
