@@ -3,8 +3,8 @@
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ from streamt1_jax.outputs import (
 )
 from streamt1_jax.progress import Progress
 from streamt1_jax.publish import sweep_results, write_together
-from streamt1_jax.run_info import asked, fingerprint
-from streamt1_jax.run_store import RunStore, holds_run, is_known
-from streamt1_jax.segments import Script, parse_switch, plan_switches, scripts_of_lines
+from streamt1_jax.run_info import asked, differences, normal
+from streamt1_jax.run_store import RunStore, holds_run, is_known, sweep_run
+from streamt1_jax.segments import Script, Segment, parse_switch, plan_switches, scripts_of_lines
 from streamt1_jax.settings import Settings, chunks_of
 from streamt1_jax.text import check_prompt, read_prompts_file
 
@@ -37,6 +37,7 @@ class Job:
 
     script: Script
     paths: RunPaths
+    asked: dict[str, Any] = field(default_factory=dict)  # of this video, as plain data
     finished: bool = False  # an earlier run has made it
 
 
@@ -57,15 +58,10 @@ def plan_jobs(args: argparse.Namespace, settings: Settings) -> tuple[list[Job], 
 
     video = Path(args.out)
     sweep_results(video if args.prompts_file is not None else video.parent)
-    asked_for = [
-        fingerprint(asked(script.prompt, segments, settings.generate.seed, chunks, run))
-        for script, segments in zip(scripts, plans, strict=True)
-    ]
 
-    def replaceable(path: Path) -> bool:
+    def replaceable(paths: RunPaths, path: Path) -> bool:
         """A result that the run which is resumed has left, unfinished or finished."""
-        paths = RunPaths(path)
-        return args.resume and (is_known(path, paths.resume) or _is_result(path, asked_for))
+        return args.resume and (is_known(path, paths.resume) or _is_finished(paths))
 
     checks: dict[str, Any] = {"overwrite": args.overwrite, "replaceable": replaceable}
     if args.prompts_file is None:
@@ -74,11 +70,16 @@ def plan_jobs(args: argparse.Namespace, settings: Settings) -> tuple[list[Job], 
         names = ["\n".join(script.prompts) for script in scripts]
         places = folder_outputs(args.out, names, **checks)
     jobs = [
-        Job(script, paths, args.resume and _is_finished(paths, wanted))
-        for script, paths, wanted in zip(scripts, places, asked_for, strict=True)
+        Job(script, paths, _asked(script, segments, chunks, settings), args.resume and _is_finished(paths))
+        for script, segments, paths in zip(scripts, plans, places, strict=True)
     ]
     for job in jobs:
+        if job.finished:
+            _check_same_run(job, args.checkpoint, settings)
         _check_run_folder(job, args)
+    for job in jobs:
+        if job.finished:
+            sweep_run(job.paths.resume)
     return jobs, skipped
 
 
@@ -119,22 +120,41 @@ def _check_run_folder(job: Job, args: argparse.Namespace) -> None:
         )
 
 
-def _record_of(path: Path) -> dict[str, Any]:
+def _asked(script: Script, segments: Sequence[Segment], chunks: int, settings: Settings) -> dict[str, Any]:
+    rewards = {name: getattr(settings.rewards, name) for name in ("short", "long", "dir", "precision")}
+    return asked(script.prompt, segments, settings.generate.seed, chunks, settings.run) | {"rewards": rewards}
+
+
+def _record_of(paths: RunPaths) -> dict[str, Any]:
     """The record beside a result, if this program wrote it."""
     try:
-        record = json.loads(RunPaths(path).record.read_text(encoding="utf-8"))
+        record = json.loads(paths.record.read_text(encoding="utf-8"))
         return record if record["software"] == SOFTWARE else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _is_result(path: Path, wanted: list[str]) -> bool:
-    record = _record_of(path)
-    return bool(record.get("complete")) and record.get("asked") in wanted
+def _is_finished(paths: RunPaths) -> bool:
+    """Whether all results of a complete run are there."""
+    return all(path.is_file() for path in paths.results) and _record_of(paths).get("complete") is True
 
 
-def _is_finished(paths: RunPaths, wanted: str) -> bool:
-    return all(path.is_file() for path in paths.results) and _is_result(paths.video, [wanted])
+def _check_same_run(job: Job, checkpoint: str, settings: Settings) -> None:
+    """Raises `BadInputError` with the difference where the results that are there are of another run."""
+    from streamt1_jax.weights import find_weights
+
+    weights = find_weights(checkpoint)
+    size = {
+        "height": settings.generate.height or weights.config.height,
+        "width": settings.generate.width or weights.config.width,
+    }
+    record = _record_of(job.paths)
+    ours = normal({**job.asked, "size": size, "weights": weights.describe()})
+    if different := differences({**record, **record.get("asked", {})}, ours):
+        raise BadInputError(
+            f"{str(job.paths.video)!r} is of another run: {'; '.join(different)}; expected the same settings, weights "
+            "and seed: give those, name another --out, or replace it with --overwrite in place of --resume"
+        )
 
 
 def generate(
@@ -184,7 +204,7 @@ def generate(
                 )
         if store is not None:
             store.wait()
-        save_result(out, job.paths, overwrite=args.overwrite, store=store)
+        save_result(out, job.paths, asked=job.asked, overwrite=args.overwrite, store=store)
         complete = out.info.get("complete", True)
         if store is not None and complete:
             store.clear()
@@ -221,10 +241,13 @@ def _live(path: Path | None) -> Iterator[Any]:
         video.discard()
 
 
-def save_result(out: "Output", paths: RunPaths, *, overwrite: bool, store: RunStore | None = None) -> None:
+def save_result(
+    out: "Output", paths: RunPaths, *, asked: dict[str, Any], overwrite: bool, store: RunStore | None = None
+) -> None:
     """Writes the video, its record, the picture of its search and its report: all of them or, at a failure, none.
 
     Args:
+        asked: goes into the record, by which a later `--resume` knows the run.
         store: results that its interrupted run has left may be replaced.
     """
     from streamt1_jax.page import save_report
@@ -235,7 +258,7 @@ def save_result(out: "Output", paths: RunPaths, *, overwrite: bool, store: RunSt
         overwrite = overwrite or all(not path.exists() or is_known(path, store.folder) for path in paths.results)
     with write_together(paths.results, overwrite=overwrite) as (video, record, tree, report):
         write_mp4(video, out.frames, out.fps)
-        write_json(record, {"software": SOFTWARE, **out.info, "trace": out.trace.to_json()})
+        write_json(record, {"software": SOFTWARE, "asked": asked, **out.info, "trace": out.trace.to_json()})
         save_search_tree(out.trace, tree)
         save_report(report, out.trace, out.info, video.read_bytes(), out.fps)
         if store is not None:

@@ -57,18 +57,18 @@ class RunPaths:
         return self.video.with_suffix(".resume")
 
 
-def _never(path: Path) -> bool:
+def _never(paths: RunPaths, path: Path) -> bool:
     return False
 
 
 def single_output(
-    out: str | Path, *, overwrite: bool = False, replaceable: Callable[[Path], bool] = _never
+    out: str | Path, *, overwrite: bool = False, replaceable: Callable[[RunPaths, Path], bool] = _never
 ) -> RunPaths:
     """The files of one video, after every check that can be made before it exists.
 
     Args:
         overwrite: results that stand there may be replaced.
-        replaceable: whether a file that stands there may be, without `overwrite`.
+        replaceable: whether one of them that stands there may be, without `overwrite`.
 
     Raises:
         BadInputError: a name that does not end in .mp4; a folder that is missing, read-only or full; a file in the way.
@@ -89,7 +89,7 @@ def folder_outputs(
     prompts: Sequence[str],
     *,
     overwrite: bool = False,
-    replaceable: Callable[[Path], bool] = _never,
+    replaceable: Callable[[RunPaths, Path], bool] = _never,
 ) -> list[RunPaths]:
     """The files of one video per prompt in folder `out`, after the same checks. The folder need not exist yet.
 
@@ -150,10 +150,10 @@ def _check_folder(folder: Path) -> None:
         raise _write_error(folder, error) from error
 
 
-def _check_files(paths: RunPaths, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
+def _check_files(paths: RunPaths, overwrite: bool, replaceable: Callable[[RunPaths, Path], bool]) -> None:
     for path in paths.results:
         try:
-            _check_file(path, overwrite or replaceable(path), named=path == paths.video)
+            _check_file(path, overwrite or replaceable(paths, path), named=path == paths.video)
         except OSError as error:  # a name too long, a folder that cannot be searched
             raise _write_error(path, error) from error
 

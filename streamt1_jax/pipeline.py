@@ -22,7 +22,7 @@ from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import NoiseSource, noise_function, noise_key
 from streamt1_jax.result import ChunkResult, Output, beam_frames, beam_latents, digests
 from streamt1_jax.rewards import PromptTable, Reward, resolve
-from streamt1_jax.run_info import environment, fingerprint, normal
+from streamt1_jax.run_info import environment, normal
 from streamt1_jax.run_store import RunStore, Saved
 from streamt1_jax.segments import first_frame, plan_switches
 from streamt1_jax.session import CallSettings, Request, VideoStream
@@ -333,7 +333,6 @@ class StreamT1Pipeline:
             "dtype": jnp.dtype(self.dtype).name,
             "attention": attention_path(self.dtype),
             "weights": self.weights.describe(),
-            "asked": fingerprint(request.asked()),
             **environment(),
             "seconds": {
                 "total": time.perf_counter() - started,

@@ -1,7 +1,6 @@
 """What made a run, as plain data: what was asked for, the weights, the machine. Two runs that agree in it make the
 same video to the bit."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,11 +29,6 @@ def asked(prompt: str, segments: Sequence[Segment], seed: int, chunks: int, conf
 def normal(data: Any) -> Any:
     """As it comes back from a JSON file."""
     return json.loads(json.dumps(plain(data)))
-
-
-def fingerprint(data: dict[str, Any]) -> str:
-    """Equal for equal plain data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:

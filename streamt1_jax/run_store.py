@@ -277,6 +277,14 @@ def holds_run(folder: Path) -> bool:
     return (folder / RUN).is_file() or (folder / LOCK).is_file()
 
 
+def sweep_run(folder: Path) -> None:
+    """Takes away what a kill has left of a run whose results are there."""
+    if holds_run(folder):
+        with write_errors(folder), (folder / LOCK).open("a") as file:
+            if lock(file):  # Else its writer is alive.
+                _delete(folder)
+
+
 def is_known(path: Path, folder: Path) -> bool:
     """Whether a file is, to the byte, what the interrupted run of `folder` wrote."""
     known = known_results(folder).get(path.name)

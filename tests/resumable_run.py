@@ -18,7 +18,7 @@ import numpy as np
 from small import SMALL_IN_TIME, SmallWeights
 
 import streamt1_jax
-from streamt1_jax import cli, generate, pipeline, publish
+from streamt1_jax import cli, generate, pipeline, publish, weights
 from streamt1_jax.progress import Progress
 
 
@@ -66,11 +66,15 @@ def arm(stop: dict[str, Any]) -> None:
 
 
 def run(argv: list[str], stop: dict[str, Any] | None) -> int:
+    def find_weights(name_or_dir):
+        return SmallWeights(SMALL_IN_TIME, seed=int(os.environ.get("WEIGHTS_SEED", "0")))
+
     class SmallPipeline(pipeline.StreamT1Pipeline):
         @classmethod
         def from_pretrained(cls, name_or_dir, **options):
-            return cls(SmallWeights(SMALL_IN_TIME, seed=int(os.environ.get("WEIGHTS_SEED", "0"))))
+            return cls(find_weights(name_or_dir))
 
+    weights.find_weights = find_weights
     vars(streamt1_jax)["StreamT1Pipeline"] = SmallPipeline
     save = generate.save_result
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import streamt1_jax
 from streamt1_jax import cli, compile_cache, report
+from streamt1_jax.config import ModelConfig
 from streamt1_jax.errors import BadInputError, OutOfMemoryError, RewardError, StreamT1Error, WeightsError
 from streamt1_jax.progress import Progress
 from streamt1_jax.trace import Trace
@@ -313,6 +314,72 @@ def test_a_name_too_long_for_what_stands_beside_the_video_is_refused(capsys, tmp
     name = "x" * (os.pathconf(tmp_path, "PC_NAME_MAX") - len(".html"))
     assert "cannot be written" in error_of(capsys, "generate", PROMPT, "--out", f"{name}.mp4", *flags)
     assert not pipeline.loaded
+
+
+@pytest.fixture
+def finished(capsys, monkeypatch, tmp_path):
+    """The command of a run that has been finished, with what the real pipeline says of it."""
+    weights = types.SimpleNamespace(config=ModelConfig.mini(), describe=lambda: {"summary": "of seed 0"})
+    monkeypatch.setattr("streamt1_jax.weights.find_weights", lambda name: weights)
+    call = FakePipeline.__call__
+
+    def complete(self, prompt, **settings):
+        out = call(self, prompt, **settings)
+        size = {"height": settings["height"] or 80, "width": settings["width"] or 128}
+        out.info |= {"complete": True, "size": size, "weights": weights.describe()}
+        return out
+
+    monkeypatch.setattr(FakePipeline, "__call__", complete)
+    argv = ("generate", PROMPT, "--out", "a.mp4", "--frames", "21", "--switch", "0.6s=a blue square")
+    assert run(capsys, *argv)[0] == 0
+    FakePipeline.calls.clear()
+    return argv
+
+
+def test_a_finished_run_is_not_made_again(capsys, tmp_path, finished, pipeline):
+    code, out, err = run(capsys, *finished, "--resume", "--width", "128")
+    assert (code, out, err) == (0, "video   a.mp4 (finished before)\n", "")
+    assert not pipeline.calls
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--seed 3", "seed is 3, saved was 42"),
+        ("--frames 33", "chunks is 3, saved was 2"),
+        ("--switch 1.4s=x --frames 33", "switches.2 is 'x', saved was None"),
+        ("--set search.beams=3", "search.beams is 3, saved was 2"),
+        ("--height 96", "size.height is 96, saved was 80"),
+        ("--set rewards.short=mine:Reward", "rewards.short is 'mine:Reward', saved was 'native'"),
+    ],
+)
+def test_row_23_the_results_of_another_run_are_not_taken_for_this_one(
+    capsys, tmp_path, finished, pipeline, flags, words
+):
+    assert words in error_of(capsys, *finished, *flags.split(), "--resume")
+    assert not pipeline.calls
+
+
+def test_row_23_the_results_of_other_weights_are_not_taken_for_these(capsys, finished, monkeypatch, pipeline):
+    other = types.SimpleNamespace(config=ModelConfig.mini(), describe=lambda: {"summary": "of seed 1"})
+    monkeypatch.setattr("streamt1_jax.weights.find_weights", lambda name: other)
+    words = "weights.summary is 'of seed 1', saved was 'of seed 0'"
+    assert words in error_of(capsys, *finished, "--checkpoint", "other", "--resume")
+
+
+def test_a_finished_run_that_lost_a_file_is_refused_before_it_is_made_again(capsys, tmp_path, finished, pipeline):
+    (tmp_path / "a.html").unlink()
+    assert "a.mp4' exists" in error_of(capsys, *finished, "--resume")
+    assert not pipeline.calls
+
+
+def test_row_21_states_that_a_kill_has_left_of_a_finished_run_are_swept(capsys, tmp_path, finished):
+    folder = tmp_path / "a.resume"
+    for state in ("state-000001", "state-000002"):
+        (folder / state).mkdir(parents=True)
+    (folder / "run.json").touch()
+    assert run(capsys, *finished, "--resume")[0] == 0
+    assert files(tmp_path) == ["a.html", "a.json", "a.mp4", "a.png"]
 
 
 def test_a_result_of_the_user_is_not_replaced_by_a_resumed_run(capsys, tmp_path):
