@@ -309,3 +309,7 @@ def _run_parity(args: argparse.Namespace) -> int:
 
     enable_compilation_cache()
     return run_parity(args.case)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,7 +33,7 @@ class Progress:
             return
         if result.routes and (gone := result.routes[0]) is not None:
             self._routes[gone[1]] = self._routes.get(gone[1], 0) + 1
-        words = [f"best score {result.chunk.best.score:.3f}"]
+        words = [f"best score {result.chunk.best.score:.4g}"]
         if self._routes:
             words.append("routes " + " ".join(f"{route} {count}" for route, count in sorted(self._routes.items())))
         if result.restored:

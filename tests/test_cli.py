@@ -1,5 +1,6 @@
 """The `streamt1` command: exit codes, one-line errors, and what is written or left alone. The pipeline is made up."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -420,7 +421,17 @@ def test_the_progress_bar_shows_the_best_score_only_when_wanted(capsys):
     assert run(capsys, "generate", PROMPT, "--out", "a.mp4", "--frames", "21")[2] == ""
     err = run(capsys, "generate", PROMPT, "--out", "b.mp4", "--frames", "21", "--progress")[2]
     assert "2/2" in err
-    assert "best score -2.100" in err  # beam 0 of chunk 1 of the made-up trace
+    assert "best score -2.1" in err  # beam 0 of chunk 1 of the made-up trace
+
+
+def test_small_scores_can_be_told_apart(capsys):
+    (chunk,) = fake_trace(1).chunks
+    best = dataclasses.replace(
+        chunk, candidates=tuple(dataclasses.replace(c, score=0.000523) for c in chunk.candidates)
+    )
+    with Progress(1, "a.mp4", forced=True) as progress:
+        progress.show(FakeChunkResult(best, np.zeros((9, 2, 2, 3), np.uint8)))
+    assert "best score 0.000523" in capsys.readouterr().err
 
 
 def test_the_bar_of_a_resumed_run_counts_what_was_there(capsys):
@@ -446,6 +457,15 @@ def test_warnings_are_one_line(capsys, monkeypatch):
     monkeypatch.setattr(FakePipeline, "__call__", warns)
     code, _, err = run(capsys, "generate", PROMPT, "--out", "a.mp4", "--frames", "9")
     assert (code, err) == (0, "streamt1: warning: the prompt is long\n")
+
+
+def test_the_module_can_be_run():
+    """`python -m` on it did nothing, and said so with exit code 0."""
+    command = [sys.executable, "-m", "streamt1_jax.cli", "paint"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert "invalid choice: 'paint'" in done.stderr
 
 
 @pytest.mark.parametrize("argv", [("--help",), ("generate", "--help")])

@@ -99,7 +99,8 @@ def page(tmp_path_factory) -> Path:
     trace = fake_trace(CHUNKS)
     head, *rest = trace.chunks
     broken = dataclasses.replace(head.candidates[0], score=float("nan"), short=float("inf"), finite=False)
-    head = dataclasses.replace(head, candidates=(broken, *head.candidates[1:]))
+    small = dataclasses.replace(head.candidates[3], score=-0.000523)
+    head = dataclasses.replace(head, candidates=(broken, *head.candidates[1:3], small))
     trace = Trace((head, *rest), trace.final_scores, (Switch(3, NASTY, False),))
     info = {
         "prompt": NASTY,
@@ -164,5 +165,13 @@ def test_a_browser_shows_all_of_it(shown):
     assert shown.count("<polyline") == 3, "a line each for short, long and fused scores"
     assert shown.count('data-span="sink"') == 1
     assert "<title>" + html.escape(NASTY, quote=False) + "</title>" in shown
-    for words in ("sinks kept", "interrupted", "untrained", "long_threshold", "not finite", "0.010 s a chunk"):
+    for words in (
+        "sinks kept",
+        "interrupted",
+        "untrained",
+        "long_threshold",
+        "not finite",
+        "0.010 s a chunk",
+        "\u22120.000523",
+    ):
         assert words in shown, f"{words!r} is not on the page"

@@ -3,7 +3,12 @@
 const run = JSON.parse(document.getElementById("data").textContent);
 const { chunks, info, fps } = run;
 const byId = (id) => document.getElementById(id);
-const number = (x, digits = 3) => x === null ? "not finite" : Math.abs(x) < 1000 ? x.toFixed(digits).replace("-", "\u2212") : x.toPrecision(4);
+// Three decimals, or three digits of what is smaller: some rewards differ in the fifth decimal only.
+function number(x) {
+  if (x === null) return "not finite";
+  const size = Math.abs(x);
+  return (size >= 1000 ? x.toPrecision(4) : size >= 0.1 || x === 0 ? x.toFixed(3) : x.toPrecision(3)).replaceAll("-", "\u2212");
+}
 const colour = (name) => `var(--${name})`;
 
 function make(tag, attributes = {}, ...children) {
@@ -103,8 +108,8 @@ function facts() {
   if (info.device) list.push(["Device", `${info.device.kind}, ${info.dtype}`]);
   if (info.seconds) list.push(["Time", `${info.seconds.total.toFixed(1)} s in all`]);
   const steady = chunks.slice(2).map((chunk) => chunk.seconds).sort((a, b) => a - b);
-  if (steady.length) list.push(["A chunk", `${number(steady[steady.length >> 1])} s (median after the first two)`]);
-  if (info.saving) list.push(["Saving state", `${number(info.saving.seconds_per_chunk)} s a chunk`]);
+  if (steady.length) list.push(["A chunk", `${steady[steady.length >> 1].toFixed(3)} s (median after the first two)`]);
+  if (info.saving) list.push(["Saving state", `${info.saving.seconds_per_chunk.toFixed(3)} s a chunk`]);
   const best = run.final_scores.length ? run.final_scores[run.winner] : winners[winners.length - 1].score;
   byId("facts").append(make("div", { class: "big" }, make("strong", {}, number(best)), make("span", {}, "score of the whole video")));
   for (const [name, value] of list) byId("facts").append(make("dt", {}, name), make("dd", {}, String(value ?? "")));
