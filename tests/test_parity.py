@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from compare import assert_close
 from flax import nnx
+from reference_longlive import ReferenceLongLive
 from safetensors.numpy import load_file, save_file
 
 from convert.engine import build
@@ -22,7 +23,7 @@ from streamt1_jax.config import VAEConfig
 from streamt1_jax.errors import BadInputError, WeightsError
 from streamt1_jax.models.vae import WanVAE
 from streamt1_jax.parity import replay, run_parity
-from streamt1_jax.recorded_case import PIXEL_TOLERANCE, close, equal
+from streamt1_jax.recorded_case import LATENT_TOLERANCE, PIXEL_TOLERANCE, close, equal
 
 DATA = Path(__file__).parent / "data"
 
@@ -74,7 +75,17 @@ def umt5_case() -> tuple[dict[str, np.ndarray], None]:
     return load_file(DATA / "umt5.safetensors"), None
 
 
-KINDS = {"first_chunk": first_chunk, "lora": lora_case, "vae": vae_case, "umt5": umt5_case}
+def switch_case() -> tuple[dict[str, np.ndarray], dict]:
+    return load_file(DATA / "interactive_a.safetensors"), json.loads((DATA / "interactive_a.json").read_text())
+
+
+KINDS = {
+    "first_chunk": first_chunk,
+    "switches": switch_case,
+    "lora": lora_case,
+    "vae": vae_case,
+    "umt5": umt5_case,
+}
 
 
 def write(folder: Path, tensors, sizes) -> str:
@@ -94,9 +105,23 @@ def assert_matches(path: str, capsys) -> None:
     assert f"{count} of {count} quantities match" in out
 
 
-@pytest.mark.parametrize("kind", ["lora", "vae", "umt5"])
+@pytest.mark.parametrize("kind", ["switches", "lora", "vae", "umt5"])
 def test_a_recorded_case_matches(kind, tmp_path, capsys):
     assert_matches(write(tmp_path, *KINDS[kind]()), capsys)
+
+
+def test_switches_that_keep_the_sink_match_a_plain_longlive(tmp_path, capsys):
+    """The recorded run replaces the sink; the other policy is that of a reference which makes the recorded run too."""
+    tensors, sizes = switch_case()
+    recorded, reference = tensors["latents"][0], ReferenceLongLive(tensors, sizes)
+    assert not sizes["global_sink"]
+    assert_close("sink replaced", reference.run(global_sink=False), recorded, LATENT_TOLERANCE)
+    kept = reference.run(global_sink=True)
+    first, second = sizes["switch_frames"]
+    assert_close("the first switch reaches back to the start", kept[first:second], recorded[first:second], 1e-4)
+    assert np.abs(kept[second:] - recorded[second:]).max() > 0.1, "both policies make the same"
+    tensors["latents"], sizes["global_sink"] = kept[None].astype(np.float32), True
+    assert_matches(write(tmp_path, tensors, sizes), capsys)
 
 
 def test_a_chunk_matches_and_a_changed_record_of_it_does_not(tmp_path, capsys, monkeypatch):
@@ -130,6 +155,7 @@ def add(key: str, amount: float, at=0):
 
 CHANGES = {
     "weight": ("first_chunk", add("dit.model.blocks.1.self_attn.v.bias", 1e-2), {"latents"}),
+    "switch_prompt": ("switches", add("prompt_embeds", 1.0, at=-1), {"latents of frames 18 to 26"}),
     "lora_alpha": ("lora", lambda tensors, sizes: sizes.update(alpha=17), {"merged weights", "flow"}),
     "vae_latent": ("vae", add("latents", 1e-2), {"decoded video"}),
     "vae_pixel": ("vae", add("encoded", 2e-4), {"encoded latents"}),
