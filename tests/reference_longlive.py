@@ -56,7 +56,7 @@ class ReferenceLongLive:
         self.sizes, self.dit = sizes, sizes["dit"]
         u = np.linspace(1, 0, 1001)[:-1]
         self.sigmas = 5 * u / (1 + 4 * u)
-        self.steps = [np.append(1000 * self.sigmas, 0)[1000 - step] for step in sizes["steps"]]
+        self.steps = [float(np.append(1000 * self.sigmas, 0)[1000 - step]) for step in sizes["steps"]]
 
     def sigma(self, timestep: float) -> float:
         return self.sigmas[np.abs(1000 * self.sigmas - timestep).argmin()]
@@ -130,7 +130,9 @@ class ReferenceLongLive:
         f = self.tensors["renoise"].shape[2]
         window = (self.sizes["local"] - self.sizes["sink"]) // f - 1
         prompts = iter(self.tensors["prompt_embeds"])
-        prompt, made, cache = next(prompts), [], []
+        prompt = next(prompts)
+        made: list[np.ndarray] = []
+        cache: list[KV] = []
         for chunk in range(self.sizes["chunks"]):
             if chunk * f in self.sizes["switch_frames"]:
                 prompt = next(prompts)
