@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from streamt1_jax.cache import EMPTY
 from streamt1_jax.generator import Conditioning
 from streamt1_jax.models.umt5 import encode_prompt
+from streamt1_jax.rewards.base import PromptTokens
 from streamt1_jax.stages import staged_step
 from streamt1_jax.state import ChunkRecord, StreamState
 from streamt1_jax.stream import Search, init_state, jitted_step
@@ -108,7 +109,9 @@ def step_bytes(step: Any) -> dict[str, int]:
 
 @jax.jit(static_argnames="search")
 def prepare(search: Search, params: PyTree, embeds: jax.Array, prompt_index: jax.Array) -> Conditioning:
-    return search.generator.prepare(params, embeds, prompt_index)
+    no_tokens = jnp.zeros(embeds.shape[:1], jnp.int32)
+    tokens = PromptTokens(no_tokens, jnp.ones_like(no_tokens))  # for rewards that read them
+    return search.generator.prepare(params, embeds, prompt_index)._replace(tokens=tokens)
 
 
 @jax.jit(static_argnames="graphdef")

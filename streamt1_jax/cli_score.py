@@ -98,6 +98,7 @@ def _score(
     """Everything the rewards say of one video."""
     import jax.numpy as jnp
 
+    from streamt1_jax.mini.rewards import read_prompt
     from streamt1_jax.stream import score_video
 
     said: dict[str, Any] = {}
@@ -105,7 +106,8 @@ def _score(
         if reward.explain is not None:
             said[role] = {"name": reward.name, **reward.explain(frames, prompt, fps)}
             continue
-        score = score_video(reward, frames, jnp.int32(prompts.add(prompt)))
+        told = reward.prompt_of(jnp.int32(prompts.add(prompt)), read_prompt(prompt))
+        score = score_video(reward, frames, told)
         reward.raise_if_failed()
         said[role] = {"name": reward.name, "score": score, "frames_used": len(frames), "fps": fps}
     height, width = frames.shape[1:3]

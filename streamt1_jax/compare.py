@@ -217,14 +217,14 @@ class _Runner:
         final score of the search.
         """
         short, long = self.rewards
-        index = jnp.int32(self.pipe.prompts.add(prompt))
+        told_short, told_long = (self.pipe.prompt_for(reward, prompt) for reward in self.rewards)
         stretches = split_video(out.frames)
         lengths = [len(stretch) for stretch in stretches]
         parts, end = [], 0
         for stretch in stretches:
             scores = {
-                "reward.short": score_video(short, stretch, index),
-                "reward.long": score_video(long, stretch, index),
+                "reward.short": score_video(short, stretch, told_short),
+                "reward.long": score_video(long, stretch, told_long),
                 **self._check(stretch, prompt),
             }
             end += len(stretch)

@@ -18,6 +18,7 @@ from streamt1_jax.models.dit import KV, CausalWanDiT, Past, TimeModulation
 from streamt1_jax.models.vae import Decoder
 from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import Draws
+from streamt1_jax.rewards.base import PromptTokens
 from streamt1_jax.schedule import few_step_schedule
 from streamt1_jax.types import Chunk, Count, Frames, PromptEmbeds
 
@@ -29,6 +30,7 @@ class Conditioning(NamedTuple):
     steps: TimeModulation  # a row a step of the schedule, then an axis of one
     context: TimeModulation  # of the context pass
     prompt_index: Int[Array, ""]  # names the prompt to rewards on the host
+    tokens: PromptTokens | None = None  # the prompt to rewards that read it themselves
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,7 +49,8 @@ def _ask(
     n = beams * count
     flat = to_pixels(video, reward.pixels).reshape(n, *rest)
     call = reward.call if reward.runs_on == "jax" else of_own_candidates(search.mesh, reward.call)
-    verdict = call(flat, jnp.full((n,), valid, jnp.int32), conditioning.prompt_index)
+    prompt = reward.prompt_of(conditioning.prompt_index, conditioning.tokens)
+    verdict = call(flat, jnp.full((n,), valid, jnp.int32), prompt)
     return verdict.scores.reshape(beams, count), (verdict.status != OK).reshape(beams, count)
 
 

@@ -21,7 +21,7 @@ from streamt1_jax.models.umt5 import encode_prompt
 from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import NoiseSource, noise_function, noise_key
 from streamt1_jax.result import ChunkResult, Output, beam_frames, beam_latents, digests
-from streamt1_jax.rewards import PromptTable, Reward, resolve
+from streamt1_jax.rewards import PromptTable, PromptTokens, Reward, resolve
 from streamt1_jax.run_info import environment, normal
 from streamt1_jax.run_store import RunStore, Saved
 from streamt1_jax.segments import first_frame, plan_switches
@@ -119,6 +119,15 @@ class StreamT1Pipeline:
                 self._embeds[prompt] = np.asarray(embeds)[: prompt_tokens.mask.sum()]
         return [self._pad(self._embeds[p]) for p in prompts]
 
+    def tokens(self, prompt: str) -> PromptTokens:
+        """The prompt for rewards that read it: `Conditioning.tokens`."""
+        tokens = self.tokenizer(prompt)
+        return PromptTokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
+
+    def prompt_for(self, reward: Reward, prompt: str) -> Any:
+        """The prompt in the form that `reward.call` takes."""
+        return reward.prompt_of(jnp.int32(self.prompts.add(prompt)), self.tokens(prompt))
+
     def _pad(self, rows: Float[np.ndarray, "p text_dim"]) -> Float[np.ndarray, "P text_dim"]:
         """The zero rows past the prompt, which are most of them and not kept."""
         return np.pad(rows, ((0, self.config.dit.text_len - len(rows)), (0, 0)))
@@ -203,7 +212,8 @@ class StreamT1Pipeline:
         def condition(prompt: str) -> Conditioning:
             (embeds,) = self.encode([prompt])
             index = jnp.int32(self.prompts.add(prompt))
-            return _prepare(request.search.generator, self.params, embeds, index)
+            made = _prepare(request.search.generator, self.params, embeds, index)
+            return made._replace(tokens=self.tokens(prompt))
 
         state = place_state(request.search, saved.state) if saved else request.initial_state()
         committed = saved.committed if saved else 0
@@ -258,13 +268,22 @@ class StreamT1Pipeline:
                 self._generators[size] = wan_generator(self.config, config.stream, height, width, self.dtype)
             generator = self._generators[size]
             short, long = (
-                reward if isinstance(reward, Reward) else resolve(reward, role, self.prompts)
+                self._check_reads(reward if isinstance(reward, Reward) else resolve(reward, role, self.prompts))
                 for reward, role in zip(rewards, ("short", "long"), strict=True)
             )
             mesh = candidate_mesh(config.search, self.devices) if self.devices > 1 else None
             draws = noise_function(noise, generator.chunk_shape, len(config.stream.denoising_steps))
             self._searches[key] = Search(generator, short, long, draws, config, mesh)
         return self._searches[key]
+
+    def _check_reads(self, reward: Reward) -> Reward:
+        """Refuses a reward that reads the ids of another tokenizer."""
+        if reward.tokenizer not in (None, self.tokenizer.sha256):
+            raise BadInputError(
+                f"reward {reward.name!r} reads the tokens of another model, expected a reward for these weights "
+                f"({self.weights.describe()['name']}); choose one that reads no tokens, such as native"
+            )
+        return reward
 
     def _finish(self, request: Request, stream: VideoStream, results: Sequence[ChunkResult], started: float) -> Output:
         """The whole video of every kept beam is scored once more, and the best is the result (SPEC section 5)."""
@@ -297,9 +316,9 @@ class StreamT1Pipeline:
 
     def _final_score(self, request: Request, trace: Trace, video: np.ndarray) -> float:
         """Of one beam's video; where the prompt changes, the mean over its parts, each by its own prompt."""
-        total = 0.0
+        total, long = 0.0, request.search.long
         for begin, end, prompt in self._parts(request, trace, video):
-            score = score_video(request.search.long, video[begin:end], jnp.int32(self.prompts.add(prompt)))
+            score = score_video(long, video[begin:end], self.prompt_for(long, prompt))
             total += score * (end - begin) / len(video)
         return total
 

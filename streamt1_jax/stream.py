@@ -24,7 +24,7 @@ from streamt1_jax.judge import judge, remember_short
 from streamt1_jax.models.dit import KV
 from streamt1_jax.noise import first_seeds, next_seeds, propagate
 from streamt1_jax.pruning import keep_best
-from streamt1_jax.rewards.base import Reward, Verdict
+from streamt1_jax.rewards.base import PromptTokens, Reward, Verdict
 from streamt1_jax.search import Candidates, Scores, Search, Winners
 from streamt1_jax.sharding import BEAMS, CANDIDATES, along, place
 from streamt1_jax.sink import flags_to_route
@@ -298,8 +298,8 @@ def stream_chunks(
             state = jitted_recache(search, params, conditioning, state, committed=committed)
 
 
-def score_video(reward: Reward, frames: UInt8[np.ndarray, "T H W 3"], prompt_index: Int[Array, ""]) -> float:
-    """The reward of one finished video of any length, outside the step.
+def score_video(reward: Reward, frames: UInt8[np.ndarray, "T H W 3"], prompt: Int[Array, ""] | PromptTokens) -> float:
+    """The reward of one finished video of any length, outside the step; `prompt` as `reward.call` takes it.
 
     The frames are padded to the next power of two, so that videos of all lengths share a few programs.
     """
@@ -307,10 +307,10 @@ def score_video(reward: Reward, frames: UInt8[np.ndarray, "T H W 3"], prompt_ind
     padded = np.zeros((1, length, *frames.shape[1:]), np.uint8)
     padded[0, : len(frames)] = frames
     video = padded if reward.pixels == "uint8" else padded.astype(np.float32) / 255.0
-    verdict = _jitted_reward(reward, video, jnp.full((1,), len(frames), jnp.int32), prompt_index)
+    verdict = _jitted_reward(reward, video, jnp.full((1,), len(frames), jnp.int32), prompt)
     return float(verdict.scores[0])
 
 
 @functools.partial(jax.jit, static_argnames="reward")
-def _jitted_reward(reward: Reward, videos, num_frames, prompt_index) -> Verdict:
-    return reward.call(videos, num_frames, prompt_index)
+def _jitted_reward(reward: Reward, videos, num_frames, prompt) -> Verdict:
+    return reward.call(videos, num_frames, prompt)

@@ -7,6 +7,7 @@
   the file (byte fallback, the pre-tokenizer), and importing it imports torch wherever torch is installed.
 """
 
+import hashlib
 import html
 import re
 import unicodedata
@@ -154,6 +155,7 @@ class Tokenizer:
                 f"tokenizer in {folder} has {PAD_TOKEN} id {pad} and closes a text with ids {closing}, "
                 "expected a padding token and one EOS, as in T5; use the tokenizer of these weights"
             )
+        self.sha256 = hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
         self.pad_id: int = pad
         self.eos_id: int = closing[0]
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Complex, Float, Int, UInt8
 
-from streamt1_jax.mini.world import COLOURS, HEIGHT, SHAPES, SIGNED_DISTANCES, WIDTH, Thing
+from streamt1_jax.mini.shapes import SIGNED_DISTANCES
+from streamt1_jax.mini.world import COLOURS, HEIGHT, SHAPES, WIDTH, Thing
 
 MUTED = ((12,) * 3, (40,) * 3, (80,) * 3, (105,) * 3, (92, 66, 44))  # the colours of the backgrounds
 FAR = 110  # levels in RGB: a colour so far from all of the palette is none of it

@@ -14,7 +14,6 @@
 import itertools
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
@@ -25,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from streamt1_jax.errors import BadInputError
+from streamt1_jax.mini.shapes import SIGNED_DISTANCES
 from streamt1_jax.types import Frames, HostOrDevice
 
 HEIGHT, WIDTH = 80, 128  # pixels
@@ -40,7 +40,7 @@ COLOURS = {
     "purple": (160, 60, 210),
     "white": (240, 240, 240),
 }
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+SHAPES = tuple(SIGNED_DISTANCES)
 SIZES = {"small": 9.0, "": 13.0, "large": 18.0}  # radius in pixels; an object without a size word is between the two
 SPEEDS = {"slowly": 0.8, "": 1.6, "quickly": 3.2}  # pixels per frame
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y) of the picture, y downwards
@@ -228,16 +228,21 @@ def pose(placed: Placed, frame: Int[Array, ""]) -> Pose:
     return Pose(centre, radius, placed.angle + placed.spin * t)
 
 
-def render(placed: Placed, frames: Int[Array, " T"]) -> Frames:
-    """The pixels of the given frames, [T, 80, 128, 3] in [-1, 1]."""
+def render(placed: Placed, frames: Int[HostOrDevice, " T"], *, step: int = 1) -> Frames:
+    """The pixels of the given frames, [T, 80, 128, 3] in [-1, 1].
+
+    Args:
+        step: a divisor of 8; each pixel stands for `step` x `step` of them, as if they were averaged.
+    """
     placed = jax.tree.map(jnp.asarray, placed)
-    background = _background(placed.background)
+    background = _background(placed.background)[::step, ::step]
     return jax.vmap(lambda frame: _draw(placed, pose(placed, frame), background))(jnp.asarray(frames))
 
 
 def _draw(placed: Placed, posed: Pose, picture: Float[Array, "H W 3"]) -> Float[Array, "H W 3"]:
     for i in reversed(range(placed.shape.shape[0])):  # the first stands in front
-        inside = coverage(placed.shape[i], posed.centre[i], posed.radius[i], posed.angle[i])[..., None]
+        step = WIDTH // picture.shape[1]
+        inside = coverage(placed.shape[i], posed.centre[i], posed.radius[i], posed.angle[i], step)[..., None]
         inside = jnp.where(placed.radius[i] > 0, inside, 0.0)
         picture = picture * (1 - inside) + placed.colour[i] * inside
     return picture
@@ -248,58 +253,18 @@ def coverage(
     centre: Float[HostOrDevice, "2"],
     radius: Float[HostOrDevice, ""],
     angle: Float[HostOrDevice, ""],
+    step: int = 1,
 ) -> Float[Array, "H W"]:
-    """How much of each pixel the object covers, 0 to 1: its edge is one pixel soft."""
-    x = jnp.arange(WIDTH, dtype=jnp.float32) + 0.5 - centre[0]
-    y = jnp.arange(HEIGHT, dtype=jnp.float32)[:, None] + 0.5 - centre[1]
+    """How much of each pixel, `step` x `step` large, the object covers, 0 to 1: its edge is one pixel soft."""
+    x = jnp.arange(0, WIDTH, step, dtype=jnp.float32) + step / 2 - centre[0]
+    y = jnp.arange(0, HEIGHT, step, dtype=jnp.float32)[:, None] + step / 2 - centre[1]
     # The shortest way round the torus.
     x, y = (jnp.mod(d + n / 2, n) - n / 2 for d, n in ((x, WIDTH), (y, HEIGHT)))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     unit = jnp.maximum(radius, 1e-3)
     u, v = (cos * x + sin * y) / unit, (cos * y - sin * x) / unit
     distances = jnp.stack([of_shape(u, v) for of_shape in SIGNED_DISTANCES.values()])
-    return jnp.clip(0.5 - distances[shape] * unit, 0.0, 1.0)
-
-
-def _circle(x, y):
-    return jnp.hypot(x, y) - 0.9
-
-
-def _square(x, y):
-    return jnp.maximum(jnp.abs(x), jnp.abs(y)) - 0.8
-
-
-def _triangle(x, y):
-    sides = [
-        (math.cos(a), math.sin(a)) for a in map(math.radians, (90, 210, 330))
-    ]  # of the edges' normals; one points down
-    return jnp.max(jnp.stack([x * c + y * s for c, s in sides]), axis=0) - 0.55
-
-
-def _star(x, y):
-    """Five points: the plane is folded onto a tenth of it, where the outline is one straight edge."""
-    turn = 2 * math.pi / 5
-    around = jnp.mod(jnp.arctan2(x, -y) + turn / 2, turn) - turn / 2
-    length = jnp.hypot(x, y)
-    u, v = length * jnp.cos(around), length * jnp.abs(jnp.sin(around))
-    notch = 0.45 * math.cos(turn / 2), 0.45 * math.sin(turn / 2)  # the tip is at (1, 0)
-    edge = notch[0] - 1, notch[1]
-    return (edge[1] * (u - 1) - edge[0] * v) / math.hypot(*edge)
-
-
-def _ring(x, y):
-    return jnp.abs(jnp.hypot(x, y) - 0.72) - 0.25
-
-
-def _cross(x, y):
-    wide, narrow = (jnp.maximum(jnp.abs(a) - 0.95, jnp.abs(b) - 0.32) for a, b in ((x, y), (y, x)))
-    return jnp.minimum(wide, narrow)
-
-
-# Of a shape of radius 1 around the origin, upright, y downwards; negative inside.
-SIGNED_DISTANCES: dict[str, Callable] = dict(
-    zip(SHAPES, (_circle, _square, _triangle, _star, _ring, _cross), strict=True)
-)
+    return jnp.clip(0.5 - distances[shape] * unit / step, 0.0, 1.0)
 
 
 def _background(index: Int[HostOrDevice, ""]) -> Float[Array, "H W 3"]:

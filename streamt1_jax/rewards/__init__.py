@@ -4,6 +4,7 @@ from streamt1_jax.rewards.base import FAILED as FAILED
 from streamt1_jax.rewards.base import OK as OK
 from streamt1_jax.rewards.base import Failure as Failure
 from streamt1_jax.rewards.base import PromptTable as PromptTable
+from streamt1_jax.rewards.base import PromptTokens as PromptTokens
 from streamt1_jax.rewards.base import Reward as Reward
 from streamt1_jax.rewards.base import Verdict as Verdict
 from streamt1_jax.rewards.bridge import host_reward as host_reward

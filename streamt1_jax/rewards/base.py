@@ -5,7 +5,8 @@ both, because a reward runs inside a traced loop where nothing can be raised. Wh
 in `Reward.failures` until the driver, outside the loop, calls `raise_if_failed`.
 
 - Videos are padded in time to a length that never changes; row i holds `num_frames[i]` frames, the rest is garbage.
-- Prompts travel as an index into a `PromptTable`; text has no place in a compiled program.
+- Prompts travel as an index into a `PromptTable`, or as token ids for a reward that reads those; text has no place in
+  a compiled program.
 - A score that is NaN or infinite with status `OK` is the reward's own word: the search never keeps such a
   candidate while a finite one exists (SPEC section 5). Status `FAILED` means that there is no score at all.
 """
@@ -14,11 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from streamt1_jax.errors import BadInputError, RewardError
+from streamt1_jax.types import HostOrDevice
 
 OK = 0
 FAILED = 1
@@ -34,6 +37,13 @@ class Verdict(NamedTuple):
     status: Int[Array, "n"]  # int32; OK or FAILED
 
 
+class PromptTokens(NamedTuple):
+    """A prompt as the text encoder takes it."""
+
+    ids: Int[HostOrDevice, "P"]
+    mask: Int[HostOrDevice, "P"]  # 1 for the prompt's tokens and the EOS, 0 for padding
+
+
 @dataclass(frozen=True, eq=False)
 class Failure:
     """What a reward did wrong on the host side."""
@@ -46,8 +56,8 @@ class Failure:
 class Reward:
     """A named way of scoring videos. Hashable by identity: it is a static argument of the jitted step.
 
-    `call(videos, num_frames, prompt_index) -> Verdict` must be traceable by JAX; calling the reward itself does
-    the same after checking its arguments.
+    `call(videos, num_frames, prompt) -> Verdict` must be traceable by JAX; calling the reward itself does the same
+    after checking its arguments. `prompt` is an index, or `PromptTokens` where `tokenizer` is set.
     """
 
     name: str
@@ -59,16 +69,17 @@ class Reward:
     # data, its "score" included; `about` is which model this is.
     explain: Callable[[np.ndarray, str, float], dict[str, Any]] | None = field(default=None, repr=False)
     about: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    tokenizer: str | None = None  # sha256 of the tokenizer.json whose ids it reads; None: it takes the prompt's index
 
     def __call__(
-        self, videos: Shaped[Array, "n T H W 3"], num_frames: Int[Array, "n"], prompt_index: Int[Array, ""]
+        self, videos: Shaped[Array, "n T H W 3"], num_frames: Int[Array, "n"], prompt: Int[Array, ""] | PromptTokens
     ) -> Verdict:
         """Scores n videos.
 
         Args:
             videos: padded on the time axis; uint8, or float32 in [0, 1], as `pixels` says.
             num_frames: how many leading frames of each video are valid, 1 to T.
-            prompt_index: the prompt's place in the reward's `PromptTable`.
+            prompt: the prompt's place in the reward's `PromptTable`, or its tokens, as `tokenizer` says.
 
         Raises:
             BadInputError: pixels of another type than the reward wants.
@@ -77,7 +88,22 @@ class Reward:
             raise BadInputError(
                 f"reward {self.name!r} got {videos.dtype} pixels, expected {self.pixels}; convert the frames first"
             )
-        return self.call(videos, num_frames.astype(jnp.int32), prompt_index.astype(jnp.int32))
+        return self.call(videos, num_frames.astype(jnp.int32), jax.tree.map(lambda x: x.astype(jnp.int32), prompt))
+
+    def prompt_of(self, index: Int[Array, ""], tokens: PromptTokens | None) -> Int[Array, ""] | PromptTokens:
+        """The form of a prompt that `call` takes.
+
+        Raises:
+            BadInputError: it reads tokens, and none came.
+        """
+        if self.tokenizer is None:
+            return index
+        if tokens is None:
+            raise BadInputError(
+                f"reward {self.name!r} reads the prompt's tokens and got none, expected them in the conditioning; "
+                "let the pipeline make it, or set its `tokens`"
+            )
+        return tokens
 
     def raise_if_failed(self) -> None:
         """Raises what failed on the host side since the last call, and forgets it; call it outside the traced loop.

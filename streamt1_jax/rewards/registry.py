@@ -32,7 +32,17 @@ from streamt1_jax.rewards.published import PublishedRewards
 
 Role = Literal["short", "long"]
 
-BUILT_IN: dict[str, dict[Role, Callable[[], Reward]]] = {"native": {"short": native_short, "long": native_long}}
+
+def _mini(role: Role) -> Reward:
+    from streamt1_jax.mini import rewards  # here: it imports this package
+
+    return rewards.mini_short() if role == "short" else rewards.mini_long()
+
+
+BUILT_IN: dict[str, dict[Role, Callable[[], Reward]]] = {
+    "native": {"short": native_short, "long": native_long},
+    "mini": {"short": lambda: _mini("short"), "long": lambda: _mini("long")},
+}
 
 
 def resolve(

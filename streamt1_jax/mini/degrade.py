@@ -1,0 +1,266 @@
+"""Good videos of a caption and degraded ones, as the rewards are trained on them.
+
+Nearly everything that goes wrong with a generated video is a mixture: of the right video with one of another scene,
+another placement or another course of time, by shares that may change from frame to frame.
+
+    wrong colour, shape, size, number, background, motion    mixed in by a share of 1, or less: half a wrong colour
+    double exposure, which is what an unsure model makes     the same scene placed elsewhere, by a share below a half
+    fading, changing, jumping on the way; flicker            shares that rise, step or jump in time
+    frozen, backwards, too fast                              the same scene at other times
+
+The rest is done to pixels (`Harm`). Every group has a little of that in all its videos, the good one too, so that a
+reward does not take its own world's perfect pixels for the point.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from streamt1_jax.mini import world
+from streamt1_jax.mini.world import BACKGROUNDS, COLOURS, MOTIONS, MOVES, SHAPES, SIZES, SPEEDS, Scene, Thing
+from streamt1_jax.types import HostOrDevice
+
+LAST_FRAME = 2000  # clips start anywhere before it
+
+SAME_SCENE = ("elsewhere", "absent")  # mixed in from the same caption
+WRONG_WORD = ("colour", "shape", "size", "number", "swap", "background")
+IN_TIME = ("motion", "rate", "frozen", "change", "jump", "flicker")
+HARMS = ("blur", "noise", "blobs", "hole", "warp", "cast", "blink")
+SHORT_KINDS = (*SAME_SCENE, *SAME_SCENE, *WRONG_WORD, *HARMS[:-1])
+LONG_KINDS = (*SAME_SCENE, *WRONG_WORD, *IN_TIME, *IN_TIME, "blur", "noise", "warp", "blink")
+
+
+class Harm(NamedTuple):
+    """What is done to the pixels of a video; nothing, if all is 0."""
+
+    blur: Float[HostOrDevice, ""]  # standard deviation, pixels
+    noise: Float[HostOrDevice, ""]  # standard deviation; colours are in [-1, 1]
+    blobs: Float[HostOrDevice, ""]  # opacity of three soft spots of any colour
+    hole: Float[HostOrDevice, ""]  # opacity of a flat rectangle
+    warp: Float[HostOrDevice, ""]  # pixels by which outlines are bent, differently in every frame
+    cast: Float[HostOrDevice, ""]  # a tint, the same for all frames
+    blink: Float[HostOrDevice, ""]  # standard deviation of the brightness from frame to frame
+
+
+def _harm(**levels: Any) -> Harm:
+    """With numbers for arrays, and 0 for what is not said."""
+    values: dict[str, Any] = dict.fromkeys(Harm._fields, 0.0) | levels
+    return Harm(**values)
+
+
+FULL_HARM = _harm(blur=3.0, noise=0.3, blobs=1.0, hole=1.0, warp=3.0, cast=0.4, blink=0.15)
+NUISANCE = _harm(blur=0.8, noise=0.03, warp=0.5, cast=0.06, blink=0.01)
+
+
+class Group(NamedTuple):
+    """One good video and m bad ones of one caption, k frames each, to be rendered. NumPy arrays."""
+
+    good: world.Placed
+    frames: Int[HostOrDevice, " k"]
+    mixed: world.Placed  # [m]: what is mixed into the bad ones,
+    mixed_frames: Int[HostOrDevice, "m k"]  # at which frames,
+    share: Float[HostOrDevice, "m k"]  # and how much of it
+    nuisance: Harm  # of all
+    harm: Harm  # [m]: of the bad ones, on top of that
+    kind: Int[HostOrDevice, " m"]  # index into SHORT_KINDS or LONG_KINDS
+
+
+def draw_group(scene: Scene, seed: int, kinds: tuple[str, ...], *, bad: int, frames: int, stride: int) -> Group:
+    """A group of a scene, degraded in `bad` of the given ways."""
+    rng = np.random.default_rng((seed, 7))
+    openings = rng.standard_normal((2, world.OPENINGS))
+    start = int(rng.integers(LAST_FRAME))
+    times = start + stride * np.arange(frames)
+    wanted = list(rng.permutation(len(kinds)))
+    rows = []
+    while len(rows) < bad:
+        index = int(wanted.pop())
+        made = _degrade(scene, openings, times, kinds[index], rng)
+        if made is not None:
+            rows.append((*made, index))
+    mixed, mixed_frames, share, harm, kind = zip(*rows, strict=True)
+    arrays: dict[str, Any] = {
+        "frames": times.astype(np.int32),
+        "mixed_frames": np.stack(mixed_frames).astype(np.int32),
+        "share": np.stack(share).astype(np.float32),
+        "harm": jax.tree.map(lambda *levels: np.array(levels, np.float32), *harm),
+        "kind": np.array(kind, np.int32),
+    }
+    nuisance = _harm(**{key: np.float32(full * rng.random() ** 2) for key, full in NUISANCE._asdict().items()})
+    return Group(good=world.place(scene, openings), mixed=world.stack(list(mixed)), nuisance=nuisance, **arrays)
+
+
+def _degrade(scene: Scene, openings: np.ndarray, times: np.ndarray, kind: str, rng: np.random.Generator):
+    """(mixed, its frames, shares, harm) of one bad video; None where this scene cannot be degraded like that."""
+    none, placed, still = _harm(), world.place(scene, openings), np.zeros(len(times))
+    if kind in HARMS:
+        # From just worse than a nuisance to ruined.
+        level = getattr(FULL_HARM, kind) * rng.uniform(0.3, 1)
+        return placed, times, still, _harm(**{kind: level})
+    full = np.ones(len(times)) * (1.0 if rng.random() < 0.6 else rng.uniform(0.3, 1))
+    if kind in ("rate", "frozen"):
+        if not any(_is_moving(thing) for thing in scene.things):
+            return None
+        rates = (0,) if kind == "frozen" else (0.5, 2, -1)
+        rate = rng.choice([r for r in rates if r != -1 or any(_has_direction(thing) for thing in scene.things)])
+        return placed, times[0] + (rate * (times - times[0])).astype(int), np.ones(len(times)), none
+    if kind in ("elsewhere", "jump"):
+        other = world.place(scene, rng.standard_normal((2, world.OPENINGS)))
+        share = np.full(len(times), rng.uniform(0.12, 0.5)) if kind == "elsewhere" else _step(len(times), rng)
+        return other, times, share, none
+    if kind in ("change", "flicker"):
+        other = _another(scene, openings, rng.choice(["colour", "shape", "size", "absent"]), rng)
+        share = _ramp(len(times), rng) if kind == "change" else rng.random(len(times)) * rng.uniform(0.4, 1)
+        return None if other is None else (other, times, share, none)
+    other = _another(scene, openings, kind, rng)
+    return None if other is None else (other, times, full if kind != "motion" else np.ones(len(times)), none)
+
+
+def _another(scene: Scene, openings: np.ndarray, kind: str, rng: np.random.Generator) -> world.Placed | None:
+    """A scene that the caption does not mean, where nothing else is different."""
+    which = int(rng.integers(len(scene.things)))
+    thing = scene.things[which]
+    pick = lambda words, but: str(rng.choice([word for word in words if word not in but]))  # noqa: E731
+    taken = [each.colour for each in scene.things]
+    if kind == "absent":
+        placed = world.place(scene, openings)
+        gone = np.arange(2) == which
+        return placed._replace(radius=np.where(gone, 0, placed.radius).astype(np.float32))
+    if kind == "number":
+        if len(scene.things) == 2:
+            return None  # "absent" is the other way of being wrong
+        added = dataclasses.replace(thing, colour=pick(COLOURS, ()), shape=pick(SHAPES, ()), motion=pick(MOVES, ()))
+        return world.place(dataclasses.replace(scene, things=(thing, added)), openings)
+    if kind == "swap":
+        if len(scene.things) == 1 or scene.things[0].shape == scene.things[1].shape:
+            return None
+        a, b = scene.things
+        swapped = (dataclasses.replace(a, colour=b.colour), dataclasses.replace(b, colour=a.colour))
+        return world.place(dataclasses.replace(scene, things=swapped), openings)
+    if kind == "background":
+        return world.place(dataclasses.replace(scene, background=pick(BACKGROUNDS, (scene.background,))), openings)
+    changed = {
+        "colour": lambda: {"colour": pick(COLOURS, taken)},
+        "shape": lambda: {"shape": pick(SHAPES, (thing.shape,))},
+        "size": lambda: {"size": "large" if thing.size == "small" else pick(SIZES, (thing.size,))},
+        "motion": lambda: _other_motion(thing, pick),
+    }[kind]()
+    things = list(scene.things)
+    things[which] = dataclasses.replace(thing, **changed)
+    return world.place(dataclasses.replace(scene, things=tuple(things)), openings)
+
+
+def _other_motion(thing: Thing, pick) -> dict[str, str]:
+    if thing.motion in (*MOVES, "bounces") and pick("ab", ()) == "a":
+        # The nearest misunderstandings: another direction, another speed.
+        if thing.motion in MOVES and pick("ab", ()) == "a":
+            return {"motion": pick(MOVES, (thing.motion,))}
+        return {"speed": pick(SPEEDS, (thing.speed,))}
+    # A turning circle or ring cannot be told from one at rest.
+    alike = {"spins", "stands still"} if thing.shape in ("circle", "ring") else set()
+    return {"motion": pick(MOTIONS, {thing.motion} | (alike if thing.motion in alike else set())), "speed": ""}
+
+
+def _is_moving(thing: Thing) -> bool:
+    return thing.motion != "stands still" and not (thing.motion == "spins" and thing.shape in ("circle", "ring"))
+
+
+def _has_direction(thing: Thing) -> bool:
+    """Whether it looks wrong backwards."""
+    return thing.motion in MOVES or (thing.motion == "spins" and thing.shape not in ("circle", "ring"))
+
+
+def _ramp(count: int, rng: np.random.Generator) -> np.ndarray:
+    """From 0 to 1, at some time, in one step or slowly."""
+    middle, width = rng.uniform(0.15, 0.85) * count, rng.uniform(0.05, 0.6) * count
+    return np.clip((np.arange(count) - middle) / width + 0.5, 0, 1)
+
+
+def _step(count: int, rng: np.random.Generator) -> np.ndarray:
+    return (np.arange(count) >= rng.integers(1, max(count, 2))).astype(float)
+
+
+def film_group(group: Group, key: Array, step: int) -> Float[Array, "all k h w 3"]:
+    """Renders a group, the good video first; `step` as in `world.render`."""
+    good = world.render(group.good, group.frames, step=step)
+    mixed = jax.vmap(lambda placed, frames: world.render(placed, frames, step=step))(group.mixed, group.mixed_frames)
+    share = group.share[:, :, None, None, None]
+    videos = jnp.concatenate([good[None], good * (1 - share) + mixed * share])
+    more = jax.tree.map(lambda levels: jnp.concatenate([jnp.zeros(1), levels]), group.harm)
+    harm = jax.tree.map(jnp.add, group.nuisance, more)
+    # The same draws for all: what differs between the videos of a group is how much, not where.
+    return jax.vmap(lambda video, harm: apply_harm(video, harm, key, step))(videos, harm)
+
+
+def apply_harm(video: Float[Array, "k h w 3"], harm: Harm, key: Array, step: int) -> Float[Array, "k h w 3"]:
+    """Degrades pixels; what is given in pixels is of the full size."""
+    count, height, width, _ = video.shape
+    keys = dict(zip(HARMS, jax.random.split(key, len(HARMS)), strict=True))
+    bend = jax.random.normal(keys["warp"], (count, 5, 8, 2))
+    bend = jax.image.resize(bend, (count, height, width, 2), "cubic") * harm.warp / step
+    video = jax.vmap(_bend)(video, bend)
+    video = _blur(video, harm.blur / step)
+    video = _cover(video, _blobs(keys["blobs"], height, width), harm.blobs)
+    video = _cover(video, _rectangle(keys["hole"], height, width), harm.hole)
+    video = video + harm.cast * jax.random.normal(keys["cast"], (3,))
+    video = video + harm.blink * jax.random.normal(keys["blink"], (count, 1, 1, 1))
+    video = video + harm.noise * jax.random.normal(keys["noise"], video.shape)
+    return jnp.clip(video, -1.0, 1.0)
+
+
+def _pixels(height: int, width: int) -> tuple[Float[Array, "h 1"], Float[Array, "1 w"]]:
+    """(rows, columns)"""
+    return jnp.arange(height, dtype=jnp.float32)[:, None], jnp.arange(width, dtype=jnp.float32)[None]
+
+
+def _bend(frame: Float[Array, "h w 3"], bend: Float[Array, "h w 2"]) -> Float[Array, "h w 3"]:
+    height, width, _ = frame.shape
+    rows, columns = _pixels(height, width)
+    y, x = rows + bend[..., 0], columns + bend[..., 1]
+    top, left = jnp.floor(y), jnp.floor(x)
+    down, right = (y - top)[..., None], (x - left)[..., None]
+    at = lambda dy, dx: frame[(top + dy).astype(int) % height, (left + dx).astype(int) % width]  # noqa: E731
+    upper = at(0, 0) * (1 - right) + at(0, 1) * right
+    lower = at(1, 0) * (1 - right) + at(1, 1) * right
+    return upper * (1 - down) + lower * down
+
+
+def _blur(video: Float[Array, "k h w 3"], sigma: Float[HostOrDevice, ""]) -> Float[Array, "k h w 3"]:
+    offsets = range(-4, 5)
+    weights = jnp.exp(-0.5 * (jnp.array(offsets, jnp.float32) / jnp.maximum(sigma, 0.05)) ** 2)
+    weights = weights / jnp.sum(weights)
+    for axis in (1, 2):
+        shifted = jnp.stack([jnp.roll(video, offset, axis) for offset in offsets])
+        video = jnp.tensordot(weights, shifted, axes=1)
+    return video
+
+
+def _cover(video: Array, cover: tuple[Array, Array], opacity: Float[HostOrDevice, ""]) -> Array:
+    colour, where = cover
+    where = opacity * where
+    return video * (1 - where) + colour * where
+
+
+def _blobs(key: Array, height: int, width: int) -> tuple[Array, Array]:
+    """(colour, opacity) of soft spots, [h, w, 3] and [h, w, 1]."""
+    key_place, key_colour, key_size = jax.random.split(key, 3)
+    places = jax.random.uniform(key_place, (3, 2)) * jnp.array([height, width], jnp.float32)
+    colours = jax.random.uniform(key_colour, (3, 3), minval=-1, maxval=1)
+    sizes = jax.random.uniform(key_size, (3,), minval=0.04, maxval=0.12) * width
+    rows, columns = _pixels(height, width)
+    away = (rows[..., None] - places[:, 0]) ** 2 + (columns[..., None] - places[:, 1]) ** 2
+    near = jnp.exp(-away / sizes**2)
+    return near @ colours / (jnp.sum(near, axis=-1, keepdims=True) + 1e-6), jnp.max(near, axis=-1, keepdims=True)
+
+
+def _rectangle(key: Array, height: int, width: int) -> tuple[Array, Array]:
+    key_place, key_size, key_colour = jax.random.split(key, 3)
+    middle = jax.random.uniform(key_place, (2,)) * jnp.array([height, width], jnp.float32)
+    half = jax.random.uniform(key_size, (2,), minval=0.08, maxval=0.25) * height
+    rows, columns = _pixels(height, width)
+    inside = (jnp.abs(rows - middle[0]) < half[0]) & (jnp.abs(columns - middle[1]) < half[1])
+    return jax.random.uniform(key_colour, (3,), minval=-1, maxval=1), inside[..., None].astype(jnp.float32)

@@ -1,0 +1,237 @@
+"""Two small learned rewards for the embedded model, in the spirit of HPSv3 and VideoAlign.
+
+- `mini_short` looks at single frames: is it a clean picture of what the caption says? `mini_long` looks at pairs of
+  frames a quarter of a second apart, over the whole window: does it move as the caption says, and does it stay itself?
+- Both are trained on pairs, a good video of the world against a degraded one (`train_rewards.py`). They know nothing of
+  the formulas in `checks.py`, and see nothing but pixels and the caption's tokens.
+- Every word looks for itself in the picture (attention from the caption's rows to the picture's places); what is wrong
+  with the picture as a whole is judged beside that, under the caption (FiLM, Perez et al. 2018, arXiv:1709.07871).
+- The world is a torus, so convolutions go round.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
+
+from streamt1_jax.config import UMT5Config
+from streamt1_jax.errors import WeightsError
+from streamt1_jax.models.layers import linear
+from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt
+from streamt1_jax.rewards.base import OK, PromptTokens, Reward, Verdict
+from streamt1_jax.text import Tokenizer
+from streamt1_jax.types import Count, FramesU8, Scalar
+
+Role = Literal["short", "long"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+TOKENIZER = Path(__file__).parent / "tokenizer"
+TOKENS = 32  # of a caption, with its EOS; the longest of the world has 20
+SHORT_STRIDE, LONG_STRIDE = 3, 4  # frames; neighbours hardly differ
+LONG_STEP = 2  # pixels; motion is read from a picture of half the size
+DIM = 48  # channels of words and of places in the picture
+HIDDEN = 64
+TEXT = UMT5Config(vocab_size=1024, dim=DIM, num_heads=3, head_dim=16, ffn_dim=96, num_layers=2)
+
+
+def _conv(din: int, dout: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(din, dout, (size, size), stride, padding="CIRCULAR", rngs=rngs)
+
+
+class ShortEyes(nnx.Module):
+    """Frames to features of 8 x 8 pixels each."""
+
+    step = 1  # pixels of a frame per pixel that it looks at
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv1 = _conv(3, 12, 4, 2, rngs)
+        self.conv2 = _conv(12, 24, 3, 2, rngs)
+        self.conv3 = _conv(24, DIM, 3, 2, rngs)
+        self.conv4 = _conv(DIM, DIM, 3, 1, rngs)
+
+    def __call__(self, frames: Float[Array, "t H W 3"]) -> Float[Array, "t s M"]:
+        x = nnx.relu(self.conv1(frames))
+        x = nnx.relu(self.conv2(x))
+        x = nnx.relu(self.conv3(x))
+        x = x + nnx.relu(self.conv4(x))
+        return x.reshape(len(x), -1, DIM)
+
+
+class LongEyes(nnx.Module):
+    """Frames to features of each pair of neighbours."""
+
+    step = LONG_STEP
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv1 = _conv(3, 16, 3, 2, rngs)
+        self.conv2 = _conv(32, DIM, 3, 2, rngs)
+        self.conv3 = _conv(DIM, DIM, 3, 1, rngs)
+
+    def __call__(self, frames: Float[Array, "k H W 3"]) -> Float[Array, "t s M"]:
+        x = nnx.relu(self.conv1(frames))
+        x = nnx.relu(self.conv2(jnp.concatenate([x[:-1], x[1:]], axis=-1)))
+        x = x + nnx.relu(self.conv3(x))
+        return x.reshape(len(x), -1, DIM)
+
+
+class RewardNet(nnx.Module):
+    """A reward's parameters: eyes, a reader of captions, and a judge of both together."""
+
+    def __init__(self, role: Role, *, rngs: nnx.Rngs):
+        dense = functools.partial(linear, dtype=jnp.float32, rngs=rngs)
+        self.eyes = ShortEyes(rngs) if role == "short" else LongEyes(rngs)
+        self.reader = UMT5Encoder(TEXT, dtype=jnp.float32, rngs=rngs)
+        self.query, self.key, self.value = dense(DIM, DIM), dense(DIM, DIM), dense(DIM, DIM)
+        self.word_in, self.word_out = dense(3 * DIM, HIDDEN), dense(HIDDEN, 1)
+        self.film, self.whole_in = dense(DIM, 2 * HIDDEN), dense(2 * DIM, HIDDEN)
+        self.whole_mid, self.whole_out = dense(2 * HIDDEN, HIDDEN), dense(HIDDEN, 1)
+
+    def see(self, frames: Float[Array, "k H W 3"]) -> Float[Array, "t s M"]:
+        """Features of s places in t frames, or pairs of frames, in [-1, 1]."""
+        return self.eyes(frames)
+
+    def read(self, tokens: PromptTokens) -> tuple[Float[Array, "p M"], Float[Array, " p"]]:
+        """Rows of the caption's first tokens, and 1 for those that are there."""
+        ids, mask = (jnp.asarray(x[:TOKENS]) for x in tokens)
+        return encode_prompt(self.reader, ids, mask), (mask != 0).astype(jnp.float32)
+
+    def judge(
+        self,
+        seen: Float[Array, "t s M"],
+        valid: Bool[Array, " t"],
+        rows: Float[Array, "p M"],
+        is_word: Float[Array, " p"],
+    ) -> Scalar:
+        """The score of one video."""
+        share = valid.astype(jnp.float32) / jnp.sum(valid, dtype=jnp.float32)
+        # Each word finds what it means in every picture; how much that varies over time counts too.
+        logits = jnp.einsum("pm,tsm->tps", self.query(rows), self.key(seen)) / DIM**0.5
+        found = jnp.einsum("tps,tsm->tpm", jax.nn.softmax(logits, axis=-1), self.value(seen))
+        words = jnp.concatenate([rows, *_mean_and_spread(found, share)], axis=-1)
+        by_word = self.word_out(nnx.relu(self.word_in(words)))[:, 0]
+        # The picture as a whole, under the caption.
+        about = is_word @ rows / jnp.sum(is_word)
+        scale, shift = jnp.split(self.film(about), 2)
+        pooled = self.whole_in(jnp.concatenate([jnp.mean(seen, axis=1), jnp.max(seen, axis=1)], axis=-1))
+        whole = nnx.relu(pooled * (1 + scale) + shift)
+        whole = nnx.relu(self.whole_mid(jnp.concatenate(_mean_and_spread(whole, share), axis=-1)))
+        return is_word @ by_word / 4 + self.whole_out(whole)[0]
+
+
+def _mean_and_spread(x: Float[Array, "t *n"], share: Float[Array, " t"]) -> tuple[Array, Array]:
+    """Over time, each weighted by its share; the spread is a standard deviation."""
+    mean = jnp.tensordot(share, x, axes=1)
+    variance = jnp.tensordot(share, jnp.square(x - mean), axes=1)
+    return mean, jnp.sqrt(variance + 1e-4)  # a root has no slope at 0
+
+
+@functools.cache
+def reward_graph(role: Role) -> tuple[nnx.GraphDef, nnx.State]:
+    """(graph, abstract parameters); `nnx.merge(graph, parameters)` is the network."""
+    return nnx.split(nnx.eval_shape(lambda: RewardNet(role, rngs=nnx.Rngs(0))))
+
+
+def short_score(net: RewardNet, video: FramesU8, num_frames: Count, rows: Array, is_word: Array) -> Scalar:
+    """Mean score of every third frame."""
+    seen = net.see(_to_unit(video[::SHORT_STRIDE], 1))
+    scores = jax.vmap(lambda frame: net.judge(frame[None], jnp.ones(1, bool), rows, is_word))(seen)
+    valid = jnp.arange(0, len(video), SHORT_STRIDE) < num_frames
+    return jnp.sum(jnp.where(valid, scores, 0.0)) / jnp.sum(valid, dtype=jnp.float32)
+
+
+def long_score(net: RewardNet, video: FramesU8, num_frames: Count, rows: Array, is_word: Array) -> Scalar:
+    """Score of every fourth frame beside the next; a video too short for that is judged as if it stood still."""
+    index = jnp.arange(0, max(len(video), LONG_STRIDE + 1), LONG_STRIDE)
+    seen = net.see(_to_unit(video[jnp.minimum(index, num_frames - 1)], LONG_STEP))
+    valid = (index[1:] < num_frames).at[0].set(True)
+    return net.judge(seen, valid, rows, is_word)
+
+
+def _to_unit(frames: UInt8[Array, "t H W 3"], step: int) -> Float[Array, "t h w 3"]:
+    """Pixels in [-1, 1]; each the mean of `step` x `step`."""
+    t, height, width, _ = frames.shape
+    blocks = frames.reshape(t, height // step, step, width // step, step, 3).astype(jnp.float32)
+    return blocks.mean(axis=(2, 4)) / 127.5 - 1
+
+
+SCORES = {"short": short_score, "long": long_score}
+
+
+def make_reward(role: Role, params: PyTree) -> Reward:
+    """A trained network as a reward that reads the prompt's tokens."""
+    graph, _ = reward_graph(role)
+    score = SCORES[role]
+
+    def call(videos: UInt8[Array, "n T H W 3"], num_frames: Int[Array, "n"], prompt: PromptTokens) -> Verdict:
+        net = nnx.merge(graph, params)
+        rows, is_word = net.read(prompt)
+        scores = jax.vmap(lambda video, count: score(net, video, count, rows, is_word))(videos, num_frames)
+        return Verdict(scores, jnp.full(num_frames.shape, OK, jnp.int32))
+
+    return Reward(f"mini_{role}", call, pixels="uint8", runs_on="jax", tokenizer=caption_tokenizer().sha256)
+
+
+# Cached: a reward is compared by identity, so a new object for every pipeline would compile every step anew.
+@functools.cache
+def mini_short() -> Reward:
+    """Does every frame look like the caption, cleanly? For the embedded model's tokenizer only."""
+    return make_reward("short", load_reward_params("short", WEIGHTS / "reward_short.safetensors"))
+
+
+@functools.cache
+def mini_long() -> Reward:
+    """Does the video move as the caption says, and stay itself? For the embedded model's tokenizer only."""
+    return make_reward("long", load_reward_params("long", WEIGHTS / "reward_long.safetensors"))
+
+
+def save_reward_params(params: PyTree, file: Path) -> None:
+    """Writes a network's parameters in float16, by their dotted paths."""
+    from safetensors.numpy import save_file
+
+    arrays = {".".join(map(str, path)): np.asarray(leaf[...], np.float16) for path, leaf in nnx.to_flat_state(params)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, file)
+
+
+def load_reward_params(role: Role, file: Path) -> Any:
+    """Reads them back, in float32.
+
+    Raises:
+        WeightsError: no such file, or one of another network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    expected = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(reward_graph(role)[1])}
+    try:
+        arrays = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"the reward's weights {file} cannot be read ({error}), expected a file that comes with the package; "
+            "install it again, or choose other rewards"
+        ) from error
+    found = {path: array.shape for path, array in arrays.items()}
+    if found != expected:
+        odd = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
+        raise WeightsError(f"{file} is not of mini_{role}: {', '.join(odd[:5])} differ; install the package again")
+    state = jax.tree.map(lambda leaf: leaf, reward_graph(role)[1])
+    for path, leaf in nnx.to_flat_state(state):
+        leaf.set_value(jnp.asarray(arrays[".".join(map(str, path))], jnp.float32))
+    return state
+
+
+@functools.cache
+def caption_tokenizer() -> Tokenizer:
+    """The embedded model's; prompts of any length are cut to what a reward reads."""
+    return Tokenizer(TOKENIZER, text_len=TOKENS, vocab_size=TEXT.vocab_size)
+
+
+def read_prompt(prompt: str) -> PromptTokens:
+    """A prompt as these rewards take it, where no pipeline is at hand."""
+    tokens = caption_tokenizer()(prompt)
+    return PromptTokens(tokens.ids, tokens.mask)
