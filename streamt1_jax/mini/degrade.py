@@ -226,16 +226,20 @@ def _bend(frame: Float[Array, "h w 3"], bend: Float[Array, "h w 2"]) -> Float[Ar
     at = lambda dy, dx: frame[(top + dy).astype(int) % height, (left + dx).astype(int) % width]  # noqa: E731
     upper = at(0, 0) * (1 - right) + at(0, 1) * right
     lower = at(1, 0) * (1 - right) + at(1, 1) * right
-    return upper * (1 - down) + lower * down
+    # A barrier, or XLA fetches these pixels again for every tap of the blur that follows.
+    return jax.lax.optimization_barrier(upper * (1 - down) + lower * down)
 
 
 def _blur(video: Float[Array, "k h w 3"], sigma: Float[HostOrDevice, ""]) -> Float[Array, "k h w 3"]:
-    offsets = range(-4, 5)
-    weights = jnp.exp(-0.5 * (jnp.array(offsets, jnp.float32) / jnp.maximum(sigma, 0.05)) ** 2)
+    reach = 4
+    weights = jnp.exp(-0.5 * (jnp.arange(-reach, reach + 1, dtype=jnp.float32) / jnp.maximum(sigma, 0.05)) ** 2)
     weights = weights / jnp.sum(weights)
     for axis in (1, 2):
-        shifted = jnp.stack([jnp.roll(video, offset, axis) for offset in offsets])
-        video = jnp.tensordot(weights, shifted, axes=1)
+        length = video.shape[axis]
+        around = [(reach, reach) if i == axis else (0, 0) for i in range(4)]
+        padded = jnp.pad(video, around, mode="wrap")
+        taps = [jax.lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(2 * reach + 1)]
+        video = sum((weights[i] * tap for i, tap in enumerate(taps)), start=jnp.zeros_like(video))
     return video
 
 

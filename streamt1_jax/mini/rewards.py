@@ -6,7 +6,7 @@
   the formulas in `checks.py`, and see nothing but pixels and the caption's tokens.
 - Every word looks for itself in the picture (attention from the caption's rows to the picture's places); what is wrong
   with the picture as a whole is judged beside that, under the caption (FiLM, Perez et al. 2018, arXiv:1709.07871).
-- The world is a torus, so convolutions go round.
+- The world is a torus, so convolutions go round it.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
@@ -25,7 +26,7 @@ from streamt1_jax.models.layers import linear
 from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt
 from streamt1_jax.rewards.base import OK, PromptTokens, Reward, Verdict
 from streamt1_jax.text import Tokenizer
-from streamt1_jax.types import Count, FramesU8, Scalar
+from streamt1_jax.types import Count, FramesU8, HostOrDevice, Scalar
 
 Role = Literal["short", "long"]
 
@@ -39,23 +40,46 @@ HIDDEN = 64
 TEXT = UMT5Config(vocab_size=1024, dim=DIM, num_heads=3, head_dim=16, ffn_dim=96, num_layers=2)
 
 
-def _conv(din: int, dout: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(din, dout, (size, size), stride, padding="CIRCULAR", rngs=rngs)
+class RingConv(nnx.Module):
+    """A convolution on the torus, as one matrix product of all its taps.
+
+    (XLA's gradient of a convolution's kernel runs in a naive loop on a CPU; see `models/conv.py`.)
+    """
+
+    def __init__(self, din: int, dout: int, *, size: int, stride: int, rngs: nnx.Rngs):
+        init = nnx.initializers.he_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, din, dout), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((dout,)))
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "t h w i"]) -> Float[Array, "t h2 w2 o"]:
+        kernel = self.kernel[...]
+        size, (_, height, width, _) = kernel.shape[0], x.shape
+        before = (size - 1) // 2
+        around = (before, size - 1 - before)
+        x = jnp.pad(x, ((0, 0), around, around, (0, 0)), mode="wrap")
+        taps = [
+            x[:, a : a + height : self.stride, b : b + width : self.stride] for a in range(size) for b in range(size)
+        ]
+        return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, kernel.shape[-1]) + self.bias[...]
+
+
+def _blocks(frames: Float[Array, "t H W 3"]) -> Float[Array, "t h w 12"]:
+    """2 x 2 pixels as one, with four times the channels."""
+    return rearrange(frames, "t (h a) (w b) c -> t h w (a b c)", a=2, b=2)
 
 
 class ShortEyes(nnx.Module):
     """Frames to features of 8 x 8 pixels each."""
 
-    step = 1  # pixels of a frame per pixel that it looks at
-
     def __init__(self, rngs: nnx.Rngs):
-        self.conv1 = _conv(3, 12, 4, 2, rngs)
-        self.conv2 = _conv(12, 24, 3, 2, rngs)
-        self.conv3 = _conv(24, DIM, 3, 2, rngs)
-        self.conv4 = _conv(DIM, DIM, 3, 1, rngs)
+        self.conv1 = RingConv(12, 12, size=2, stride=1, rngs=rngs)
+        self.conv2 = RingConv(12, 24, size=3, stride=2, rngs=rngs)
+        self.conv3 = RingConv(24, DIM, size=3, stride=2, rngs=rngs)
+        self.conv4 = RingConv(DIM, DIM, size=3, stride=1, rngs=rngs)
 
     def __call__(self, frames: Float[Array, "t H W 3"]) -> Float[Array, "t s M"]:
-        x = nnx.relu(self.conv1(frames))
+        x = nnx.relu(self.conv1(_blocks(frames)))
         x = nnx.relu(self.conv2(x))
         x = nnx.relu(self.conv3(x))
         x = x + nnx.relu(self.conv4(x))
@@ -63,17 +87,15 @@ class ShortEyes(nnx.Module):
 
 
 class LongEyes(nnx.Module):
-    """Frames to features of each pair of neighbours."""
-
-    step = LONG_STEP
+    """Frames of half the size to features of each pair of neighbours."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.conv1 = _conv(3, 16, 3, 2, rngs)
-        self.conv2 = _conv(32, DIM, 3, 2, rngs)
-        self.conv3 = _conv(DIM, DIM, 3, 1, rngs)
+        self.conv1 = RingConv(12, 16, size=2, stride=1, rngs=rngs)
+        self.conv2 = RingConv(32, DIM, size=3, stride=2, rngs=rngs)
+        self.conv3 = RingConv(DIM, DIM, size=3, stride=1, rngs=rngs)
 
     def __call__(self, frames: Float[Array, "k H W 3"]) -> Float[Array, "t s M"]:
-        x = nnx.relu(self.conv1(frames))
+        x = nnx.relu(self.conv1(_blocks(frames)))
         x = nnx.relu(self.conv2(jnp.concatenate([x[:-1], x[1:]], axis=-1)))
         x = x + nnx.relu(self.conv3(x))
         return x.reshape(len(x), -1, DIM)
@@ -103,12 +125,13 @@ class RewardNet(nnx.Module):
     def judge(
         self,
         seen: Float[Array, "t s M"],
-        valid: Bool[Array, " t"],
+        valid: Bool[HostOrDevice, " t"],
         rows: Float[Array, "p M"],
         is_word: Float[Array, " p"],
     ) -> Scalar:
         """The score of one video."""
-        share = valid.astype(jnp.float32) / jnp.sum(valid, dtype=jnp.float32)
+        share = jnp.asarray(valid, jnp.float32)
+        share = share / jnp.sum(share)
         # Each word finds what it means in every picture; how much that varies over time counts too.
         logits = jnp.einsum("pm,tsm->tps", self.query(rows), self.key(seen)) / DIM**0.5
         found = jnp.einsum("tps,tsm->tpm", jax.nn.softmax(logits, axis=-1), self.value(seen))
