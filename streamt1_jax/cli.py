@@ -204,7 +204,7 @@ def _run_generate(args: argparse.Namespace) -> int:
         prompts = [prompt for job in missing for prompt in job.script.prompts]
         pipe.encode(prompts, strict=settings.generate.strict)  # the text encoder is loaded once
         rewards = (settings.rewards.short, settings.rewards.long)
-        if published is not None or settings.rewards.device is not None:
+        if settings.rewards.dir is not None or settings.rewards.device is not None:
             rewards = make_rewards(settings.rewards, pipe.prompts, published)
         for number, job in enumerate(jobs, start=1):
             if job in missing:

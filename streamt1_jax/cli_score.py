@@ -16,11 +16,14 @@ PER_LINE = 9  # numbers of frames on a line
 
 
 def reward_overrides(rewards: str | None, device: str | None, sets: Sequence[str]) -> list[str]:
-    """`--set` texts with those of `--rewards` and `--reward-device`. A folder is the search of the paper; whatever
-    `--rewards` names, `--set` may still change one of the two rewards."""
+    """`--set` texts with those of `--rewards` and `--reward-device`. A folder is the search of the paper, or the
+    embedded model's rewards; whatever `--rewards` names, `--set` may still change one of the two."""
     texts: list[str] = []
     if rewards is not None and os.path.isdir(rewards):
-        texts = [f"rewards.dir={rewards}", "rewards.short=hpsv3", "rewards.long=videoreward"]
+        from streamt1_jax.mini.shipped import is_mini
+
+        short, long = ("mini", "mini") if is_mini(rewards) else ("hpsv3", "videoreward")
+        texts = [f"rewards.dir={rewards}", f"rewards.short={short}", f"rewards.long={long}"]
     elif rewards is not None:
         short, _, long = rewards.partition(",")
         texts = [f"rewards.short={short}", f"rewards.long={long or short}"]

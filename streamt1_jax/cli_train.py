@@ -15,11 +15,12 @@ def add_train_mini(commands: Any) -> None:
         "train-mini",
         help="train the embedded model",
         description="Trains the embedded model's networks on a little world of moving shapes; nothing is downloaded. "
-        "The folder it writes can be given to --checkpoint.",
+        "The folder it writes can be given to --checkpoint, and to --rewards.",
     )
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="where weights, checkpoints and logs go")
     add("--steps", metavar="NAME=N,...", help="other numbers than the recipe's, such as vae=100,dit=50")
+    add("--only", choices=["rewards"], help="train these alone, beside what stands in the folder; they need no VAE")
     add("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
     add("--resume", action="store_true", help="go on with what stands in the folder")
     parser.set_defaults(run=_run_train_mini)
@@ -28,11 +29,12 @@ def add_train_mini(commands: Any) -> None:
 def _run_train_mini(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("optax") is None:
         raise BadInputError('optax is not installed, train-mini needs it; pip install "streamt1-jax[train]"')
-    from streamt1_jax.mini.train import Recipe, train_mini
+    from streamt1_jax.mini.train import Recipe, train_mini, train_rewards
 
     recipe, seed = Recipe.parse(args.steps), check_seed(args.seed)
-    train_mini(Path(args.out), recipe, seed=seed, resume=args.resume, report=_report)
-    print(f"wrote {Path(args.out) / 'mini.safetensors'}; use it with --checkpoint {args.out}")
+    train, use = (train_rewards, "--rewards") if args.only == "rewards" else (train_mini, "--checkpoint")
+    train(Path(args.out), recipe, seed=seed, resume=args.resume, report=_report)
+    print(f"wrote {Path(args.out) / 'mini.safetensors'}; use it with {use} {args.out}")
     return 0
 
 

@@ -54,7 +54,7 @@ class RewardsConfig:
 
     short: str = "native"  # of a chunk's frames
     long: str = "native"  # of the window's
-    dir: str | None = None  # converted weights of hpsv3 and videoreward
+    dir: str | None = None  # converted weights of hpsv3 and videoreward, or a folder of train-mini
     device: str | None = None  # of torch rewards: cpu, cuda:1; None: the first GPU that torch sees, or the CPU
     precision: str = "stored"  # of hpsv3 and videoreward in memory: stored, bfloat16, float32, int8
     batch_gb: float = 4.0  # bound on the memory of one batch of clips, in gigabytes

@@ -3,36 +3,35 @@
 - `mini_short` looks at single frames: is it a clean picture of what the caption says? `mini_long` looks at pairs of
   frames a quarter of a second apart, over the whole window: does it move as the caption says, and does it stay itself?
 - Both are trained on pairs, a good video of the world against a degraded one (`train_rewards.py`). They know nothing of
-  the formulas in `checks.py`, and see nothing but pixels and the caption's tokens.
+  the formulas in `checks.py`, and see nothing but pixels and the caption's tokens: they belong to no VAE or DiT.
 - Every word looks for itself in the picture (attention from the caption's rows to the picture's places); what is wrong
   with the picture as a whole is judged beside that, under the caption (FiLM, Perez et al. 2018, arXiv:1709.07871).
 - The world is a torus, so convolutions go round it.
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
-from streamt1_jax.config import UMT5Config
-from streamt1_jax.errors import WeightsError
+from streamt1_jax.config import ModelConfig, UMT5Config
+from streamt1_jax.mini import shipped
 from streamt1_jax.models.layers import linear
 from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt
 from streamt1_jax.rewards.base import OK, PromptTokens, Reward, Verdict
+from streamt1_jax.rewards.registry import Role
 from streamt1_jax.text import Tokenizer
 from streamt1_jax.types import Count, FramesU8, HostOrDevice, Scalar
 
-Role = Literal["short", "long"]
-
-WEIGHTS = Path(__file__).parent / "weights"
 TOKENIZER = Path(__file__).parent / "tokenizer"
-TOKENS = 32  # of a caption, with its EOS; the longest of the world has 20
+TOKENS = 32  # read of a prompt, with its EOS; the longest caption of the world has 20
 SHORT_STRIDE, LONG_STRIDE = 3, 4  # frames; neighbours hardly differ
 LONG_STEP = 2  # pixels; motion is read from a picture of half the size
 DIM = 48  # channels of words and of places in the picture
@@ -40,7 +39,7 @@ HIDDEN = 64
 TEXT = UMT5Config(vocab_size=1024, dim=DIM, num_heads=3, head_dim=16, ffn_dim=96, num_layers=2)
 
 
-class RingConv(nnx.Module):
+class CircularConv(nnx.Module):
     """A convolution on the torus, as one matrix product of all its taps.
 
     (XLA's gradient of a convolution's kernel runs in a naive loop on a CPU; see `models/conv.py`.)
@@ -69,14 +68,14 @@ def _blocks(frames: Float[Array, "t H W 3"]) -> Float[Array, "t h w 12"]:
     return rearrange(frames, "t (h a) (w b) c -> t h w (a b c)", a=2, b=2)
 
 
-class ShortEyes(nnx.Module):
+class FrameEncoder(nnx.Module):
     """Frames to features of 8 x 8 pixels each."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.conv1 = RingConv(12, 12, size=2, stride=1, rngs=rngs)
-        self.conv2 = RingConv(12, 24, size=3, stride=2, rngs=rngs)
-        self.conv3 = RingConv(24, DIM, size=3, stride=2, rngs=rngs)
-        self.conv4 = RingConv(DIM, DIM, size=3, stride=1, rngs=rngs)
+        self.conv1 = CircularConv(12, 12, size=2, stride=1, rngs=rngs)
+        self.conv2 = CircularConv(12, 24, size=3, stride=2, rngs=rngs)
+        self.conv3 = CircularConv(24, DIM, size=3, stride=2, rngs=rngs)
+        self.conv4 = CircularConv(DIM, DIM, size=3, stride=1, rngs=rngs)
 
     def __call__(self, frames: Float[Array, "t H W 3"]) -> Float[Array, "t s M"]:
         x = nnx.relu(self.conv1(_blocks(frames)))
@@ -86,13 +85,13 @@ class ShortEyes(nnx.Module):
         return x.reshape(len(x), -1, DIM)
 
 
-class LongEyes(nnx.Module):
+class PairEncoder(nnx.Module):
     """Frames of half the size to features of each pair of neighbours."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.conv1 = RingConv(12, 16, size=2, stride=1, rngs=rngs)
-        self.conv2 = RingConv(32, DIM, size=3, stride=2, rngs=rngs)
-        self.conv3 = RingConv(DIM, DIM, size=3, stride=1, rngs=rngs)
+        self.conv1 = CircularConv(12, 16, size=2, stride=1, rngs=rngs)
+        self.conv2 = CircularConv(32, DIM, size=3, stride=2, rngs=rngs)
+        self.conv3 = CircularConv(DIM, DIM, size=3, stride=1, rngs=rngs)
 
     def __call__(self, frames: Float[Array, "k H W 3"]) -> Float[Array, "t s M"]:
         x = nnx.relu(self.conv1(_blocks(frames)))
@@ -102,27 +101,27 @@ class LongEyes(nnx.Module):
 
 
 class RewardNet(nnx.Module):
-    """A reward's parameters: eyes, a reader of captions, and a judge of both together."""
+    """A reward's parameters: an encoder of pictures, one of captions, and what compares the two."""
 
     def __init__(self, role: Role, *, rngs: nnx.Rngs):
         dense = functools.partial(linear, dtype=jnp.float32, rngs=rngs)
-        self.eyes = ShortEyes(rngs) if role == "short" else LongEyes(rngs)
-        self.reader = UMT5Encoder(TEXT, dtype=jnp.float32, rngs=rngs)
+        self.image = FrameEncoder(rngs) if role == "short" else PairEncoder(rngs)
+        self.text = UMT5Encoder(TEXT, dtype=jnp.float32, rngs=rngs)
         self.query, self.key, self.value = dense(DIM, DIM), dense(DIM, DIM), dense(DIM, DIM)
         self.word_in, self.word_out = dense(3 * DIM, HIDDEN), dense(HIDDEN, 1)
         self.film, self.whole_in = dense(DIM, 2 * HIDDEN), dense(2 * DIM, HIDDEN)
         self.whole_mid, self.whole_out = dense(2 * HIDDEN, HIDDEN), dense(HIDDEN, 1)
 
-    def see(self, frames: Float[Array, "k H W 3"]) -> Float[Array, "t s M"]:
+    def encode_frames(self, frames: Float[Array, "k H W 3"]) -> Float[Array, "t s M"]:
         """Features of s places in t frames, or pairs of frames, in [-1, 1]."""
-        return self.eyes(frames)
+        return self.image(frames)
 
-    def read(self, tokens: PromptTokens) -> tuple[Float[Array, "p M"], Float[Array, " p"]]:
+    def encode_caption(self, tokens: PromptTokens) -> tuple[Float[Array, "p M"], Float[Array, " p"]]:
         """Rows of the caption's first tokens, and 1 for those that are there."""
         ids, mask = (jnp.asarray(x[:TOKENS]) for x in tokens)
-        return encode_prompt(self.reader, ids, mask), (mask != 0).astype(jnp.float32)
+        return encode_prompt(self.text, ids, mask), (mask != 0).astype(jnp.float32)
 
-    def judge(
+    def score(
         self,
         seen: Float[Array, "t s M"],
         valid: Bool[HostOrDevice, " t"],
@@ -161,8 +160,8 @@ def reward_graph(role: Role) -> tuple[nnx.GraphDef, nnx.State]:
 
 def short_score(net: RewardNet, video: FramesU8, num_frames: Count, rows: Array, is_word: Array) -> Scalar:
     """Mean score of every third frame."""
-    seen = net.see(_to_unit(video[::SHORT_STRIDE], 1))
-    scores = jax.vmap(lambda frame: net.judge(frame[None], jnp.ones(1, bool), rows, is_word))(seen)
+    seen = net.encode_frames(_to_unit(video[::SHORT_STRIDE], 1))
+    scores = jax.vmap(lambda frame: net.score(frame[None], jnp.ones(1, bool), rows, is_word))(seen)
     valid = jnp.arange(0, len(video), SHORT_STRIDE) < num_frames
     return jnp.sum(jnp.where(valid, scores, 0.0)) / jnp.sum(valid, dtype=jnp.float32)
 
@@ -170,9 +169,9 @@ def short_score(net: RewardNet, video: FramesU8, num_frames: Count, rows: Array,
 def long_score(net: RewardNet, video: FramesU8, num_frames: Count, rows: Array, is_word: Array) -> Scalar:
     """Score of every fourth frame beside the next; a video too short for that is judged as if it stood still."""
     index = jnp.arange(0, max(len(video), LONG_STRIDE + 1), LONG_STRIDE)
-    seen = net.see(_to_unit(video[jnp.minimum(index, num_frames - 1)], LONG_STEP))
+    seen = net.encode_frames(_to_unit(video[jnp.minimum(index, num_frames - 1)], LONG_STEP))
     valid = (index[1:] < num_frames).at[0].set(True)
-    return net.judge(seen, valid, rows, is_word)
+    return net.score(seen, valid, rows, is_word)
 
 
 def _to_unit(frames: UInt8[Array, "t H W 3"], step: int) -> Float[Array, "t h w 3"]:
@@ -185,73 +184,55 @@ def _to_unit(frames: UInt8[Array, "t H W 3"], step: int) -> Float[Array, "t h w 
 SCORES = {"short": short_score, "long": long_score}
 
 
-def make_reward(role: Role, params: PyTree) -> Reward:
-    """A trained network as a reward that reads the prompt's tokens."""
+def make_reward(role: Role, params: PyTree, about: Mapping[str, Any] = MappingProxyType({})) -> Reward:
+    """A trained network as a reward that reads the prompt's tokens.
+
+    Args:
+        about: which weights these are, for the record of a run.
+    """
     graph, _ = reward_graph(role)
     score = SCORES[role]
 
     def call(videos: UInt8[Array, "n T H W 3"], num_frames: Int[Array, "n"], prompt: PromptTokens) -> Verdict:
         net = nnx.merge(graph, params)
-        rows, is_word = net.read(prompt)
+        rows, is_word = net.encode_caption(prompt)
         scores = jax.vmap(lambda video, count: score(net, video, count, rows, is_word))(videos, num_frames)
         return Verdict(scores, jnp.full(num_frames.shape, OK, jnp.int32))
 
-    return Reward(f"mini_{role}", call, pixels="uint8", runs_on="jax", tokenizer=caption_tokenizer().sha256)
+    tokenizer = caption_tokenizer().sha256
+    return Reward(f"mini_{role}", call, pixels="uint8", runs_on="jax", about=about, tokenizer=tokenizer)
+
+
+def mini_short(folder: Path | None = None) -> Reward:
+    """Does every frame look like the caption, cleanly? For the embedded model's tokenizer only.
+
+    Args:
+        folder: that `streamt1 train-mini` wrote; None: what the package ships.
+
+    Raises:
+        WeightsError: the folder holds no trained rewards, or damaged ones.
+    """
+    return _load("short", folder or shipped.FOLDER)
+
+
+def mini_long(folder: Path | None = None) -> Reward:
+    """Does the video move as the caption says, and stay itself? Otherwise as `mini_short`."""
+    return _load("long", folder or shipped.FOLDER)
 
 
 # Cached: a reward is compared by identity, so a new object for every pipeline would compile every step anew.
 @functools.cache
-def mini_short() -> Reward:
-    """Does every frame look like the caption, cleanly? For the embedded model's tokenizer only."""
-    return make_reward("short", load_reward_params("short", WEIGHTS / "reward_short.safetensors"))
-
-
-@functools.cache
-def mini_long() -> Reward:
-    """Does the video move as the caption says, and stay itself? For the embedded model's tokenizer only."""
-    return make_reward("long", load_reward_params("long", WEIGHTS / "reward_long.safetensors"))
-
-
-def save_reward_params(params: PyTree, file: Path) -> None:
-    """Writes a network's parameters in float16, by their dotted paths."""
-    from safetensors.numpy import save_file
-
-    arrays = {".".join(map(str, path)): np.asarray(leaf[...], np.float16) for path, leaf in nnx.to_flat_state(params)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, file)
-
-
-def load_reward_params(role: Role, file: Path) -> Any:
-    """Reads them back, in float32.
-
-    Raises:
-        WeightsError: no such file, or one of another network.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    expected = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(reward_graph(role)[1])}
-    try:
-        arrays = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(
-            f"the reward's weights {file} cannot be read ({error}), expected a file that comes with the package; "
-            "install it again, or choose other rewards"
-        ) from error
-    found = {path: array.shape for path, array in arrays.items()}
-    if found != expected:
-        odd = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
-        raise WeightsError(f"{file} is not of mini_{role}: {', '.join(odd[:5])} differ; install the package again")
-    state = jax.tree.map(lambda leaf: leaf, reward_graph(role)[1])
-    for path, leaf in nnx.to_flat_state(state):
-        leaf.set_value(jnp.asarray(arrays[".".join(map(str, path))], jnp.float32))
-    return state
+def _load(role: Role, folder: Path) -> Reward:
+    params = shipped.load_mini(folder, f"reward_{role}", reward_graph(role)[1])
+    manifest = shipped.read_manifest(folder)
+    about = {"sha256": manifest["sha256"], "origin": manifest["origin"].get("rewards", {})}
+    return make_reward(role, params, about)
 
 
 @functools.cache
 def caption_tokenizer() -> Tokenizer:
-    """The embedded model's; prompts of any length are cut to what a reward reads."""
-    return Tokenizer(TOKENIZER, text_len=TOKENS, vocab_size=TEXT.vocab_size)
+    """The embedded model's own, so that a prompt is the same to a reward whoever tokenized it."""
+    return Tokenizer(TOKENIZER, text_len=ModelConfig.mini().dit.text_len, vocab_size=TEXT.vocab_size)
 
 
 def read_prompt(prompt: str) -> PromptTokens:

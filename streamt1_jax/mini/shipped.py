@@ -35,9 +35,32 @@ def save_mini(folder: Path, networks: dict[str, PyTree], origin: dict[str, Any])
     Raises:
         WeightsError: a number too large for 16 bits.
     """
-    from safetensors.numpy import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, _stored(networks), origin)
+
+
+def add_to_mini(folder: Path, networks: dict[str, PyTree], origin: dict[str, Any]) -> None:
+    """Puts networks beside those that a folder holds, if any, in the place of earlier ones of their names.
+
+    Args:
+        origin: goes into that of the manifest, key by key.
+
+    Raises:
+        WeightsError: what stands there is damaged; a number too large for 16 bits.
+    """
+    from safetensors.numpy import load_file
+
+    if not is_mini(folder):
+        save_mini(folder, networks, origin)
+        return
+    manifest = _verify(folder)
+    kept = {
+        name: tensor for name, tensor in load_file(folder / TENSORS).items() if name.partition("/")[0] not in networks
+    }
+    _write(folder, kept | _stored(networks), manifest["origin"] | origin)
+
+
+def _stored(networks: dict[str, PyTree]) -> dict[str, np.ndarray]:
     tensors = {
         f"{network}/{name}": np.asarray(leaf, STORED)
         for network, params in networks.items()
@@ -46,9 +69,29 @@ def save_mini(folder: Path, networks: dict[str, PyTree], origin: dict[str, Any])
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise WeightsError(f"{name} has values that float16 cannot hold; train again with a lower rate")
-    save_file(tensors, folder / TENSORS)
-    manifest = {"file": TENSORS, "sha256": file_sha256(folder / TENSORS), "networks": list(networks), "origin": origin}
+    return tensors
+
+
+def _write(folder: Path, tensors: dict[str, np.ndarray], origin: dict[str, Any]) -> None:
+    from safetensors.numpy import save_file
+
+    partial = folder / f"{TENSORS}.partial"  # what stands there may be hours of training
+    save_file(tensors, partial)
+    partial.replace(folder / TENSORS)
+    networks = list(dict.fromkeys(name.partition("/")[0] for name in tensors))
+    manifest = {"file": TENSORS, "sha256": file_sha256(folder / TENSORS), "networks": networks, "origin": origin}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _verify(folder: Path) -> dict[str, Any]:
+    """The manifest, if the tensors are those that it is of."""
+    manifest, path = read_manifest(folder), folder / TENSORS
+    found = file_sha256(path) if path.is_file() else "missing"
+    if found != manifest["sha256"]:
+        raise WeightsError(
+            f"{path}: sha256 is {found}, the manifest says {manifest['sha256']}; install the package again"
+        )
+    return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -74,11 +117,12 @@ def load_mini(folder: Path, network: str, abstract: PyTree) -> PyTree:
     """
     from safetensors import safe_open
 
-    manifest, path = read_manifest(folder), folder / TENSORS
-    found = file_sha256(path) if path.is_file() else "missing"
-    if found != manifest["sha256"]:
+    manifest, path = _verify(folder), folder / TENSORS
+    if network not in manifest["networks"]:
+        only = " --only rewards" if network.startswith("reward_") else ""
         raise WeightsError(
-            f"{path}: sha256 is {found}, the manifest says {manifest['sha256']}; install the package again"
+            f"{path} holds {', '.join(manifest['networks'])} and no {network}, expected it there; "
+            f"make it with: streamt1 train-mini --out DIR{only}"
         )
     names = [f"{network}/{name}" for name, _ in _named(abstract)]
     leaves, structure = jax.tree.flatten(abstract)

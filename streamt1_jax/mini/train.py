@@ -2,10 +2,11 @@
 
 vae        short clips, on which shapes and colours are learned quickly
 vae_long   longer ones: a causal network sees more and more of the past as a video goes on
-vae_stream the end of clips after a long past, as a decoder in the middle of a video sees it
+vae_stream the end of clips after a long past, as in the middle of a video
 (encode)   sequences of the world as latents, kept in the folder
 dit_first  first chunks alone, many at a time: where noise says that things are is learned from nothing else
 dit        whole sequences, with the cache of inference
+rewards    one for frames, one for motion; they see pixels and captions alone, so they can be trained at any time
 """
 
 import dataclasses
@@ -27,11 +28,13 @@ from streamt1_jax.config import ModelConfig, StreamConfig
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.mini import world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
-from streamt1_jax.mini.shipped import save_mini
+from streamt1_jax.mini.shipped import add_to_mini, save_mini
 from streamt1_jax.mini.train_dit import dit_task
+from streamt1_jax.mini.train_rewards import accuracy_by_kind, reward_task
 from streamt1_jax.mini.train_vae import standardise, vae_task
 from streamt1_jax.mini.training import Task, fit
 from streamt1_jax.networks import network_graph
+from streamt1_jax.rewards.registry import Role
 from streamt1_jax.text import Tokenizer
 from streamt1_jax.weights import MiniWeights
 
@@ -51,6 +54,8 @@ class Recipe:
     dit: int = 2000
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
+    reward_short: int = 3000
+    reward_long: int = 2000
 
     def __post_init__(self):
         wrong = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) < 1]
@@ -88,10 +93,7 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
     config, stream = ModelConfig.mini(), StreamConfig()
     out.mkdir(parents=True, exist_ok=True)
 
-    def run(task: Task) -> PyTree:
-        say = None if report is None else functools.partial(report, task.name)
-        return fit(task, out, seed=seed, resume=resume, report=say)
-
+    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report)
     vae = run(vae_task("vae", config, steps=recipe.vae, decay_steps=2 * recipe.vae, batch=8, frames=5, crop=48))
     longer = functools.partial(vae_task, batch=4, crop=48)
     vae = run(longer("vae_long", config, vae, steps=recipe.vae_long, frames=17, seed=seed + 1))
@@ -103,6 +105,33 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
     made = run(dit("dit_first", data=data.first_chunks(), steps=recipe.dit_first, batch=recipe.dit_first_batch))
     made = run(dit("dit", data=data, start=made, steps=recipe.dit, batch=recipe.dit_batch))
     save_mini(out, {"vae": vae, **made}, _origin(recipe, seed))
+    train_rewards(out, recipe, seed=seed, resume=resume, report=report)
+
+
+def train_rewards(
+    out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False, report: Report | None = None
+) -> None:
+    """Trains both rewards and puts them beside the networks that stand in `out`, if any.
+
+    The arguments are those of `train_mini`. The record of how they were made says on which share of held-out scenes
+    the good video scores above one degraded in each way.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    stages: dict[Role, int] = {"short": recipe.reward_short, "long": recipe.reward_long}
+    made, accuracy = {}, {}
+    for role, steps in stages.items():
+        task = reward_task(role, steps=steps, seed=seed)
+        made[task.name] = _fit(task, out=out, seed=seed, resume=resume, report=report)
+        accuracy[task.name] = accuracy_by_kind(role, made[task.name])
+        if report is not None:
+            report(f"{task.name}, held out", {"step": steps, "steps": steps} | accuracy[task.name])
+    origin = _origin(recipe, seed, rewards_only=True) | {"accuracy": accuracy}
+    add_to_mini(out, made, {"rewards": origin})
+
+
+def _fit(task: Task, *, out: Path, seed: int, resume: bool, report: Report | None) -> PyTree:
+    say = None if report is None else functools.partial(report, task.name)
+    return fit(task, out, seed=seed, resume=resume, report=say)
 
 
 def _latents_of_the_world(config: ModelConfig, vae: PyTree) -> jax.Array:
@@ -134,15 +163,17 @@ def _sequences(
         return Sequences(**{key: stored[key] for key in Sequences._fields})
 
 
-def _origin(recipe: Recipe, seed: int) -> dict[str, Any]:
-    """How the weights were made; the commit is None outside a repository."""
+def _origin(recipe: Recipe, seed: int, *, rewards_only: bool = False) -> dict[str, Any]:
+    """How the weights were made, or those of one stage; the commit is None outside a repository."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
-    steps = ",".join(f"{key}={value}" for key, value in dataclasses.asdict(recipe).items())
+    only, stages = ("--only rewards ", "reward_") if rewards_only else ("", "")
+    numbers = dataclasses.asdict(recipe).items()
+    steps = ",".join(f"{key}={value}" for key, value in numbers if key.startswith(stages))
     return {
         "summary": f"trained on the little world (seed {seed})",
-        "command": f"streamt1 train-mini --steps {steps} --seed {seed}",
+        "command": f"streamt1 train-mini {only}--steps {steps} --seed {seed}",
         "commit": commit.stdout.strip() or None,
         "seed": seed,
         "python": sys.version.split()[0],

@@ -4,11 +4,10 @@ The loss of a pair is that of Bradley and Terry (1952), -log sigmoid(good - bad)
 it every good video is matched with the captions of the whole batch, which costs next to nothing and teaches words
 quickly (Radford et al. 2021, CLIP, arXiv:2103.00020).
 
->>> train_reward("short", Path("training"), Path("reward_short.safetensors"))
+Nothing here knows the VAE or the DiT; `train.py` runs it as a stage of `streamt1 train-mini`, also alone.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,36 +22,34 @@ from streamt1_jax.mini.rewards import (
     LONG_STEP,
     LONG_STRIDE,
     RewardNet,
-    Role,
     caption_tokenizer,
     reward_graph,
-    save_reward_params,
 )
-from streamt1_jax.mini.training import Task, fit
+from streamt1_jax.mini.training import Task
 from streamt1_jax.rewards.base import PromptTokens
+from streamt1_jax.rewards.registry import Role
 from streamt1_jax.text import Tokenizer
 from streamt1_jax.types import HostOrDevice, Scalar
 
 BAD = 3  # degraded videos in a group
+LEARNING_RATE = 3e-3
 MATCHING_WEIGHT = 0.5
 CENTRING = 1e-3  # of the mean square score: a preference leaves the zero point open
 
 
-class Recipe(NamedTuple):
-    """What differs between the two rewards."""
+class Clips(NamedTuple):
+    """The videos that a reward is trained on."""
 
     kinds: tuple[str, ...]
     frames: int  # of a video in training
     stride: int
     step: int  # pixels, as in `world.render`
     groups: int  # in a batch
-    steps: int
-    learning_rate: float
 
 
-RECIPES: dict[Role, Recipe] = {
-    "short": Recipe(SHORT_KINDS, 1, 1, 1, groups=16, steps=3000, learning_rate=3e-3),
-    "long": Recipe(LONG_KINDS, 8, LONG_STRIDE, LONG_STEP, groups=8, steps=2000, learning_rate=3e-3),
+CLIPS: dict[Role, Clips] = {
+    "short": Clips(SHORT_KINDS, frames=1, stride=1, step=1, groups=16),
+    "long": Clips(LONG_KINDS, frames=8, stride=LONG_STRIDE, step=LONG_STEP, groups=8),
 }
 
 
@@ -66,14 +63,14 @@ class Preferences(NamedTuple):
 
 
 def draw_preferences(
-    recipe: Recipe, tokenizer: Tokenizer, numbers: list[int], scene_of: Callable[[int], world.Scene]
+    clips: Clips, tokenizer: Tokenizer, numbers: list[int], scene_of: Callable[[int], world.Scene]
 ) -> Preferences:
     """Groups of the scenes with these numbers."""
     groups, pairs, prompts = [], [], []
-    most = max(recipe.frames - 1, 1)
+    most = max(clips.frames - 1, 1)
     for number in numbers:
         scene = scene_of(number)
-        groups.append(draw_group(scene, number, recipe.kinds, bad=BAD, frames=recipe.frames, stride=recipe.stride))
+        groups.append(draw_group(scene, number, clips.kinds, bad=BAD, frames=clips.frames, stride=clips.stride))
         # Windows of all lengths, from that of the first chunk on.
         length = np.random.default_rng((number, 8)).integers(min(2, most), most + 1)
         pairs.append(np.arange(most) < length)
@@ -87,31 +84,24 @@ def draw_preferences(
     return Preferences(stacked, **arrays)
 
 
-def reward_task(
-    role: Role, *, steps: int | None = None, groups: int | None = None, start: PyTree | None = None, seed: int = 0
-) -> Task:
+def reward_task(role: Role, *, steps: int, groups: int | None = None, seed: int = 0) -> Task:
     """The training of one reward.
 
     Args:
-        steps, groups: other than the recipe's.
-        start: parameters to go on from; None: random ones.
+        groups: in a batch, other than `CLIPS` says.
     """
-    recipe = RECIPES[role]
-    recipe = recipe._replace(steps=steps or recipe.steps, groups=groups or recipe.groups)
-    graph, tokenizer = reward_graph(role)[0], caption_tokenizer()
+    clips, graph, tokenizer = CLIPS[role], reward_graph(role)[0], caption_tokenizer()
 
     def init() -> PyTree:
-        # A copy, because a training step consumes its state.
-        made = nnx.split(RewardNet(role, rngs=nnx.Rngs(seed)))[1] if start is None else start
-        return jax.tree.map(jnp.copy, made)
+        return nnx.split(RewardNet(role, rngs=nnx.Rngs(seed)))[1]
 
     def batch(step: int) -> Preferences:
         rng = np.random.default_rng((seed, step))
-        numbers = rng.integers(2**31, size=recipe.groups).tolist()
-        return draw_preferences(recipe, tokenizer, numbers, world.training_scene)
+        numbers = rng.integers(2**31, size=groups or clips.groups).tolist()
+        return draw_preferences(clips, tokenizer, numbers, world.training_scene)
 
     def loss(params: PyTree, batch: Preferences, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
-        scores, matching = score_preferences(nnx.merge(graph, params), batch, key, recipe.step)
+        scores, matching = score_preferences(nnx.merge(graph, params), batch, key, clips.step)
         preference = jnp.mean(jax.nn.softplus(scores[:, 1:] - scores[:, :1]))
         right = jnp.diagonal(matching)
         match = jnp.mean(jax.nn.logsumexp(matching, axis=0) + jax.nn.logsumexp(matching, axis=1) - 2 * right)
@@ -123,7 +113,7 @@ def reward_task(
         }
         return total, figures
 
-    return Task(f"reward_{role}", init, batch, loss, recipe.steps, recipe.learning_rate)
+    return Task(f"reward_{role}", init, batch, loss, steps, LEARNING_RATE)
 
 
 def score_preferences(net: RewardNet, batch: Preferences, key: Array, step: int) -> tuple[Array, Array]:
@@ -132,53 +122,32 @@ def score_preferences(net: RewardNet, batch: Preferences, key: Array, step: int)
     keys = jax.random.split(key, len(batch.tokens))
     videos = jax.vmap(lambda group, key: film_group(group, key, step))(batch.groups, keys)
     n, m, *rest = videos.shape
-    seen = jax.vmap(net.see)(videos.reshape(n * m, *rest))
+    seen = jax.vmap(net.encode_frames)(videos.reshape(n * m, *rest))
     seen = seen.reshape(n, m, *seen.shape[1:])
-    rows, is_word = jax.vmap(net.read)(PromptTokens(batch.tokens, batch.mask))
-    of_group = jax.vmap(net.judge, in_axes=(0, None, None, None))
+    rows, is_word = jax.vmap(net.encode_caption)(PromptTokens(batch.tokens, batch.mask))
+    of_group = jax.vmap(net.score, in_axes=(0, None, None, None))
     scores = jax.vmap(of_group)(seen, batch.pairs, rows, is_word)
-    of_captions = jax.vmap(net.judge, in_axes=(None, None, 0, 0))
+    of_captions = jax.vmap(net.score, in_axes=(None, None, 0, 0))
     matching = jax.vmap(of_captions, in_axes=(0, 0, None, None))(seen[:, 0], batch.pairs, rows, is_word)
     return scores, matching
 
 
-def train_reward(
-    role: Role,
-    folder: Path,
-    file: Path,
-    *,
-    steps: int | None = None,
-    seed: int = 0,
-    resume: bool = False,
-    report: Callable[[dict[str, float]], None] = print,
-) -> dict[str, float]:
-    """Trains a reward and writes its averaged parameters to `file`; returns `accuracy_by_kind`.
-
-    Args:
-        folder: for checkpoints and the log, as in `training.fit`.
-        steps: of training; the recipe's if None.
-    """
-    params = fit(reward_task(role, steps=steps, seed=seed), folder, seed=seed, resume=resume, report=report)
-    save_reward_params(params, file)
-    return accuracy_by_kind(role, params)
-
-
 def accuracy_by_kind(role: Role, params: PyTree, *, batches: int = 32, groups: int = 16) -> dict[str, float]:
     """Share of held-out scenes in which the good video scores above one degraded in each way; "all" is the mean."""
-    recipe, tokenizer, graph = RECIPES[role], caption_tokenizer(), reward_graph(role)[0]
+    clips, tokenizer, graph = CLIPS[role], caption_tokenizer(), reward_graph(role)[0]
     scenes = world.held_out_scenes(64)
 
     @jax.jit
     def score(params: PyTree, batch: Preferences, key: Array) -> Array:
-        return score_preferences(nnx.merge(graph, params), batch, key, recipe.step)[0]
+        return score_preferences(nnx.merge(graph, params), batch, key, clips.step)[0]
 
-    won: dict[str, list[float]] = {kind: [] for kind in dict.fromkeys(recipe.kinds)}
+    won: dict[str, list[float]] = {kind: [] for kind in dict.fromkeys(clips.kinds)}
     for index in range(batches):
         numbers = [2**32 + index * groups + i for i in range(groups)]
-        batch = draw_preferences(recipe, tokenizer, numbers, lambda number: scenes[number % len(scenes)])
+        batch = draw_preferences(clips, tokenizer, numbers, lambda number: scenes[number % len(scenes)])
         scores = np.asarray(score(params, batch, jax.random.key(index)))
         for kind, better in zip(batch.groups.kind.ravel(), (scores[:, :1] > scores[:, 1:]).ravel(), strict=True):
-            won[recipe.kinds[kind]].append(float(better))
+            won[clips.kinds[kind]].append(float(better))
     everything = [value for values in won.values() for value in values]
     return {"all": float(np.mean(everything))} | {
         kind: float(np.mean(values)) for kind, values in won.items() if values

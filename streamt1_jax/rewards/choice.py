@@ -1,11 +1,13 @@
 """The rewards that the settings of a run name: refused early where they mean nothing, made once."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from streamt1_jax.manifest import read_manifest
 from streamt1_jax.memory import memory_plan
+from streamt1_jax.mini.shipped import is_mini
 from streamt1_jax.rewards.base import PromptTable, Reward
 from streamt1_jax.rewards.model_settings import MODELS
 from streamt1_jax.rewards.placement import eight_bit_library, needed_bytes, refuse_overfull, share_gpu, torch_device
@@ -29,8 +31,8 @@ def check_choice(config: RewardsConfig) -> PublishedRewards | None:
     if config.dir is None or not names:
         for role, spec in roles(config).items():
             if ":" not in spec:
-                resolve(spec, role, PromptTable())
-        if config.dir is not None:  # not needed, and still not to be misspelt
+                resolve(spec, role, PromptTable(), mini=_mini_folder(config))
+        if config.dir is not None and not is_mini(config.dir):  # not needed, and still not to be misspelt
             read_manifest(Path(config.dir), FORMAT)
         return None
     if config.precision == "int8":
@@ -77,8 +79,14 @@ def make_rewards(
     if published is not None:
         published.check_fit(published_names(config))
     chosen = roles(config)
-    short, long = (resolve(chosen[role], role, prompts, device=config.device, published=published) for role in chosen)
+    where: Any = {"device": config.device, "published": published, "mini": _mini_folder(config)}
+    short, long = (resolve(chosen[role], role, prompts, **where) for role in chosen)
     return short, long
+
+
+def _mini_folder(config: RewardsConfig) -> Path | None:
+    """The folder, where it is one of the embedded model."""
+    return Path(config.dir) if config.dir is not None and is_mini(config.dir) else None
 
 
 def roles(config: RewardsConfig) -> dict[Role, str]:

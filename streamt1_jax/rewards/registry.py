@@ -21,6 +21,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from streamt1_jax.errors import BadInputError
@@ -33,16 +34,17 @@ from streamt1_jax.rewards.published import PublishedRewards
 Role = Literal["short", "long"]
 
 
-def _mini(role: Role) -> Reward:
+def _native(role: Role, folder: Path | None) -> Reward:
+    return native_short() if role == "short" else native_long()
+
+
+def _mini(role: Role, folder: Path | None) -> Reward:
     from streamt1_jax.mini import rewards  # here: it imports this package
 
-    return rewards.mini_short() if role == "short" else rewards.mini_long()
+    return rewards.mini_short(folder) if role == "short" else rewards.mini_long(folder)
 
 
-BUILT_IN: dict[str, dict[Role, Callable[[], Reward]]] = {
-    "native": {"short": native_short, "long": native_long},
-    "mini": {"short": lambda: _mini("short"), "long": lambda: _mini("long")},
-}
+BUILT_IN: dict[str, Callable[[Role, Path | None], Reward]] = {"native": _native, "mini": _mini}
 
 
 def resolve(
@@ -52,15 +54,17 @@ def resolve(
     *,
     device: str | None = None,
     published: PublishedRewards | None = None,
+    mini: Path | None = None,
 ) -> Reward:
     """The reward that a setting names.
 
     Args:
-        spec: a built-in name ("native"), a published model ("hpsv3", "videoreward"), or `package.module:Name`.
+        spec: a built-in name ("native", "mini"), a published model ("hpsv3", "videoreward"), or `package.module:Name`.
         role: "short" scores a chunk's frames, "long" the window; a built-in name means another reward for each.
         prompts: the table that the run's prompt indices point into.
         device: where a torch reward of the user's own runs that does not say so itself; see `torch_reward`.
         published: the folder that published models come from.
+        mini: the folder that "mini" comes from; None: what the package ships.
 
     Raises:
         BadInputError: no such reward, with the closest name; a published one without a folder.
@@ -82,7 +86,7 @@ def resolve(
             f"there is no reward {spec!r} and no such folder{_closest(spec, names)}; expected one of "
             f"{', '.join(names)}, your own as package.module:Name, or a folder of converted rewards"
         )
-    return BUILT_IN[spec][role]()
+    return BUILT_IN[spec](role, mini)
 
 
 def load_reward(spec: str, prompts: PromptTable, *, device: str | None = None) -> Reward:
