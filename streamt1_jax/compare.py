@@ -155,6 +155,7 @@ class _Runner:
             "config": dataclasses.asdict(self.plan.run),
             "generate": dataclasses.asdict(asked),
             "rewards": {"short": self.rewards[0].name, "long": self.rewards[1].name},
+            **{f"reward model {each.name}": dict(each.about) for each in self.rewards if each.about},
             "checks": self.checker is not None,
             "device": {"platform": device.platform, "kind": device.device_kind},  # times are compared too
         }

@@ -126,7 +126,8 @@ class StreamT1Pipeline:
 
     def prompt_for(self, reward: Reward, prompt: str) -> Any:
         """The prompt in the form that `reward.call` takes."""
-        return reward.prompt_of(jnp.int32(self.prompts.add(prompt)), self.tokens(prompt))
+        tokens = None if reward.tokenizer is None else self.tokens(prompt)
+        return reward.prompt_of(jnp.int32(self.prompts.add(prompt)), tokens)
 
     def _pad(self, rows: Float[np.ndarray, "p text_dim"]) -> Float[np.ndarray, "P text_dim"]:
         """The zero rows past the prompt, which are most of them and not kept."""

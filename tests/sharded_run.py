@@ -13,14 +13,17 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from small import SMALL, SmallWeights
 
 from streamt1_jax.bench import Bench
 from streamt1_jax.config import RunConfig, SearchConfig
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.measure import compilations
+from streamt1_jax.mini.rewards import RewardNet, make_reward
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.rewards import Reward, host_reward, per_video
+from streamt1_jax.rewards.registry import Role
 from streamt1_jax.sharding import candidate_mesh, place
 from streamt1_jax.state import ChunkRecord
 from streamt1_jax.stream import Search, init_state, jitted_step, propose
@@ -33,11 +36,15 @@ SEARCH = SearchConfig(candidates_per_beam=4, max_sink_size=9, short_threshold=0.
 
 
 def video(
-    devices: int, search: SearchConfig = SEARCH, chunks: int = CHUNKS, short: str | Reward = "native"
+    devices: int,
+    search: SearchConfig = SEARCH,
+    chunks: int = CHUNKS,
+    short: str | Reward = "native",
+    long: str | Reward = "native",
 ) -> tuple[list[ChunkRecord], list[int]]:
     """Every chunk's record, and how many programs were compiled by the end of each."""
     pipe, records, compiled = StreamT1Pipeline(SmallWeights(), devices=devices), [], []
-    stream = pipe.stream("a blue square", seed=SEED, search=search, rewards=(short, "native"))
+    stream = pipe.stream("a blue square", seed=SEED, search=search, rewards=(short, long))
     with compilations() as seen:
         for result in itertools.islice(stream, chunks):
             records.append(result.record)
@@ -65,6 +72,14 @@ def reward_on_the_host() -> dict[str, object]:
     of_one = len(asked)
     eight, _ = video(8, SEARCH, FEW, reward)
     return {**compare(one, eight), "asked": [of_one, len(asked) - of_one]}
+
+
+def rewards_that_read() -> dict[str, object]:
+    """One device and eight, judged by networks of random numbers that read the prompt's tokens."""
+    roles: tuple[Role, Role] = ("short", "long")
+    judges = [make_reward(role, nnx.split(RewardNet(role, rngs=nnx.Rngs(0)))[1]) for role in roles]
+    one, eight = (video(devices, SEARCH, FEW, *judges)[0] for devices in (1, 8))
+    return compare(one, eight)
 
 
 def compare(one: list[ChunkRecord], eight: list[ChunkRecord]) -> dict[str, object]:
@@ -141,6 +156,7 @@ def main() -> None:
         "layout": layout(*placed),
         "reduced": reduced(*placed),
         "window_decode": window_decode(),
+        "rewards_that_read": rewards_that_read(),
         "reward_on_the_host": reward_on_the_host(),
         "refusals": refusals(),
     }

@@ -9,28 +9,37 @@ import pytest
 import worlds
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from small import SmallWeights
+from small import SMALL, SmallWeights
 
-from streamt1_jax import SearchConfig, StreamT1Pipeline
+from streamt1_jax import SearchConfig, StreamT1Pipeline, cli
+from streamt1_jax.bench import Bench
+from streamt1_jax.compare import Plan, compare
+from streamt1_jax.compare_methods import entries_of
+from streamt1_jax.config import RunConfig
 from streamt1_jax.errors import BadInputError, WeightsError
-from streamt1_jax.mini import degrade, rewards, train_rewards, world
-from streamt1_jax.mini.rewards import RewardNet, load_reward_params, make_reward, save_reward_params
-from streamt1_jax.mini.train_rewards import RECIPES, draw_preferences, reward_task
-from streamt1_jax.mini.training import init_train_state, make_train_step
-from streamt1_jax.rewards import PromptTokens
+from streamt1_jax.mini import degrade, rewards, shipped, train, world
+from streamt1_jax.mini.rewards import RewardNet, make_reward, mini_long, mini_short, reward_graph
+from streamt1_jax.mini.train_rewards import CLIPS, accuracy_by_kind, draw_preferences, reward_task
+from streamt1_jax.rewards import PromptTable, PromptTokens
+from streamt1_jax.rewards.choice import check_choice, make_rewards
+from streamt1_jax.rewards.registry import Role
+from streamt1_jax.run_store import RunStore
+from streamt1_jax.settings import GenerateConfig, RewardsConfig
+from streamt1_jax.stream import init_state, score_video, step
 from streamt1_jax.text import Tokenizer
+from streamt1_jax.video import read_video, write_mp4
 
-ROLES = ["short", "long"]
-CAPTIONS = ["a red circle moves right", "a blue square spins on a striped background"]
+ROLES: list[Role] = ["short", "long"]
+CAPTIONS = ["a red circle moves right", "a blue square spins"]
 
 
 @functools.cache
-def random_params(role: str):
+def random_params(role: Role):
     return nnx.split(RewardNet(role, rngs=nnx.Rngs(0)))[1]
 
 
 @functools.cache
-def reward(role: str):
+def reward(role: Role):
     return make_reward(role, random_params(role))
 
 
@@ -40,11 +49,11 @@ def tokens(caption: str) -> PromptTokens:
 
 
 @functools.cache
-def jitted(role: str):
+def jitted(role: Role):
     return jax.jit(reward(role))
 
 
-def score(role: str, videos: np.ndarray, counts: list[int], caption: str) -> np.ndarray:
+def score(role: Role, videos: np.ndarray, counts: list[int], caption: str) -> np.ndarray:
     verdict = jitted(role)(jnp.asarray(videos), jnp.array(counts), tokens(caption))
     assert (verdict.status == 0).all()
     return np.asarray(verdict.scores)
@@ -92,64 +101,128 @@ class TestCall:
             assert jnp.isfinite(verdict.scores).all()
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """As `streamt1 train-mini --only rewards` writes it, of random numbers."""
+    made = tmp_path_factory.mktemp("rewards")
+    shipped.save_mini(made, {f"reward_{role}": random_params(role) for role in ROLES}, {"summary": "random"})
+    return made
+
+
 class TestWeights:
-    def test_they_come_back_in_half_precision_and_fit_the_package(self, role, tmp_path):
-        file = tmp_path / "reward.safetensors"
-        save_reward_params(random_params(role), file)
-        assert file.stat().st_size <= 0.5e6
-        before, after = (
-            ravel_pytree(nnx.to_pure_dict(p))[0] for p in (random_params(role), load_reward_params(role, file))
-        )
-        assert jnp.abs(before - after).max() <= 1e-3 * jnp.abs(before).max(), "weights changed"
+    def test_they_come_back_in_half_precision_and_are_small(self, folder):
+        assert (folder / shipped.TENSORS).stat().st_size <= 1e6
+        for role in ROLES:
+            loaded = shipped.load_mini(folder, f"reward_{role}", reward_graph(role)[1])
+            before, after = (ravel_pytree(nnx.to_pure_dict(p))[0] for p in (random_params(role), loaded))
+            assert jnp.abs(before - after).max() <= 1e-3 * jnp.abs(before).max(), f"weights of {role} changed"
 
-    def test_those_of_another_network_are_refused(self, role, tmp_path):
-        file = tmp_path / "reward.safetensors"
-        save_reward_params(random_params("long" if role == "short" else "short"), file)
-        with pytest.raises(WeightsError, match=f"not of mini_{role}"):
-            load_reward_params(role, file)
-        file.write_bytes(b"nonsense")
-        with pytest.raises(WeightsError, match="cannot be read"):
-            load_reward_params(role, file)
-        with pytest.raises(WeightsError, match="cannot be read"):
-            load_reward_params(role, tmp_path / "none")
+    def test_they_are_added_to_what_stands_there(self, folder, tmp_path):
+        shipped.save_mini(tmp_path, {"vae": {"w": jnp.ones(3)}}, {"summary": "a VAE"})
+        for scale in (1.0, 2.0):
+            short = jax.tree.map(lambda x, scale=scale: scale * x, random_params("short"))
+            shipped.add_to_mini(tmp_path, {"reward_short": short}, {"rewards": scale})
+        manifest = shipped.read_manifest(tmp_path)
+        assert manifest["networks"] == ["vae", "reward_short"]
+        assert manifest["origin"] == {"summary": "a VAE", "rewards": 2.0}
+        loaded = shipped.load_mini(tmp_path, "reward_short", reward_graph("short")[1])
+        assert jnp.allclose(ravel_pytree(loaded)[0], 2 * ravel_pytree(random_params("short"))[0], atol=1e-2)
+        with pytest.raises(WeightsError, match=r"holds vae, reward_short and no reward_long.* --only rewards"):
+            mini_long(tmp_path)
+
+    def test_damaged_ones_are_refused(self, folder, tmp_path):
+        for name in (shipped.TENSORS, shipped.MANIFEST):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        with (tmp_path / shipped.TENSORS).open("ab") as file:
+            file.write(b"x")
+        with pytest.raises(WeightsError, match="sha256"):
+            mini_short(tmp_path)
+
+    def test_a_name_or_a_folder_chooses_them(self, folder):
+        config = RewardsConfig(short="mini", long="mini", dir=str(folder))
+        assert check_choice(config) is None
+        chosen = make_rewards(config, PromptTable(), None)
+        assert chosen == (mini_short(folder), mini_long(folder)), "another object compiles every step anew"
+        assert [each.name for each in chosen] == ["mini_short", "mini_long"]
+        assert all(each.about["sha256"] == shipped.read_manifest(folder)["sha256"] for each in chosen)
+
+    @pytest.mark.skipif(
+        "reward_short" not in shipped.read_manifest(shipped.FOLDER)["networks"], reason="no trained rewards shipped"
+    )
+    @pytest.mark.parametrize("role", ROLES)
+    def test_the_shipped_ones_prefer_good_videos(self, role):
+        params = shipped.load_mini(shipped.FOLDER, f"reward_{role}", reward_graph(role)[1])
+        assert accuracy_by_kind(role, params, batches=4)["all"] > 0.8
 
 
-@pytest.mark.parametrize("role", ROLES)
 class TestTraining:
+    @pytest.mark.parametrize("role", ROLES)
     def test_batches_are_a_function_of_their_number(self, role):
-        task = reward_task(role, groups=2)
+        task = reward_task(role, steps=9, groups=2)
         first, again, other = task.batch(3), task.batch(3), task.batch(4)
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True))
-        assert not np.array_equal(first.tokens, other.tokens)
+        assert not np.array_equal(first.videos, other.videos)
 
-    def test_the_good_video_is_the_world_but_for_a_nuisance(self, role):
-        recipe = RECIPES[role]
-        scene = world.training_scene(5)
-        group = degrade.draw_group(scene, 5, recipe.kinds, bad=3, frames=recipe.frames, stride=recipe.stride)
-        group = group._replace(nuisance=degrade.Harm(*(np.float32(0) for _ in degrade.HARMS)))
-        filmed = jax.jit(degrade.film_group, static_argnums=2)(group, jax.random.key(0), recipe.step)
-        truth = jax.jit(world.render, static_argnames="step")(group.good, group.frames, step=recipe.step)
+    def test_the_good_video_is_the_world_but_for_a_nuisance(self):
+        clips, scene = CLIPS["long"], world.training_scene(5)
+        group = degrade.draw_group(scene, 5, clips.kinds, bad=3, frames=clips.frames, stride=clips.stride)
+        group = group._replace(nuisance=degrade.Harm(*(np.zeros((), np.float32) for _ in degrade.HARMS)))
+        (filmed,) = degrade.film_groups(jax.tree.map(lambda x: x[None], group), jax.random.key(0), clips.step)
+        truth = jax.jit(world.render, static_argnames="step")(group.good, group.frames, step=clips.step)
         assert filmed.shape[0] == 4
         assert jnp.abs(filmed[0] - truth).max() < 1e-5
         assert all(jnp.abs(bad - filmed[0]).max() > 0.05 for bad in filmed[1:])
 
     @pytest.mark.slow
-    def test_it_learns_a_batch_by_heart(self, role, standard_promotion):  # optax mixes types
-        task = reward_task(role, steps=60, groups=4)
-        state, step, batch = init_train_state(task), make_train_step(task, 0), task.batch(0)
-        losses = []
+    def test_it_learns_a_batch_by_heart(self):
+        task = reward_task("short", steps=9, groups=3)
+        batch, key, params = task.batch(0), jax.random.key(0), task.init()
+        slope = jax.jit(jax.value_and_grad(lambda params: task.loss(params, batch, key), has_aux=True))
+        speed = jax.tree.map(jnp.zeros_like, params)
+        losses, figures = [], {}
         for _ in range(60):
-            state, figures = step(state, batch)
-            losses.append(float(figures["loss"]))
+            (loss, figures), gradient = slope(params)
+            speed = jax.tree.map(lambda v, g: 0.9 * v + g, speed, gradient)
+            params = jax.tree.map(lambda p, v: p - 0.01 * v, params, speed)
+            losses.append(float(loss))
         assert losses[-1] < 0.7 * losses[0], losses[::10]
         assert figures["accuracy"] > 0.75
 
+    @pytest.mark.parametrize("role", ROLES)
     def test_every_kind_can_be_drawn_for_some_scene(self, role):
-        recipe, tokenizer = RECIPES[role], rewards.caption_tokenizer()
-        batch = draw_preferences(recipe, tokenizer, list(range(120)), world.training_scene)
-        assert set(batch.groups.kind.ravel().tolist()) == set(range(len(recipe.kinds)))
-        assert (batch.pairs.sum(axis=1) >= 1).all()
+        kinds, seen = CLIPS[role].kinds, set()
+        for number in range(60):
+            group = degrade.draw_group(world.training_scene(number), number, kinds, bad=3, frames=4, stride=4)
+            seen |= set(group.kind.tolist())
+        assert seen == set(range(len(kinds)))
+
+    def test_every_video_has_a_frame_that_counts(self):
+        numbers, clips = list(range(12)), CLIPS["long"]._replace(step=8)
+        batch = draw_preferences(clips, rewards.caption_tokenizer(), numbers, world.training_scene, jax.random.key(0))
+        counts = batch.pairs.sum(axis=1)
+        assert counts.min() >= 2
+        assert counts.max() == clips.frames - 1
+
+    def test_the_stage_writes_beside_what_stands_there(self, tmp_path, monkeypatch, capsys):
+        trained = []
+
+        def fit(task, folder, **options):
+            trained.append((task.name, task.steps, folder, options["resume"]))
+            return task.init()
+
+        monkeypatch.setattr(train, "fit", fit)
+        monkeypatch.setattr(train, "accuracy_by_kind", lambda role, params: {"all": 0.5})
+        shipped.save_mini(tmp_path, {"vae": {"w": jnp.ones(3)}}, {"summary": "a VAE"})
+        argv = ["train-mini", "--out", str(tmp_path), "--only", "rewards", "--resume"]
+        assert cli.main([*argv, "--steps", "reward_short=7,reward_long=5"]) == 0
+        assert trained == [("reward_short", 7, tmp_path, True), ("reward_long", 5, tmp_path, True)]
+        manifest = shipped.read_manifest(tmp_path)
+        assert manifest["networks"] == ["vae", "reward_short", "reward_long"]
+        made = manifest["origin"]["rewards"]
+        assert made["command"] == "streamt1 train-mini --only rewards --steps reward_short=7,reward_long=5 --seed 0"
+        assert made["accuracy"]["reward_long"] == {"all": 0.5}
+        assert f"--rewards {tmp_path}" in capsys.readouterr().out
+        assert mini_short(tmp_path).name == "mini_short"
 
 
 def test_a_picture_of_half_the_size_is_the_mean_of_the_whole():
@@ -166,20 +239,99 @@ def pipe() -> StreamT1Pipeline:
     return StreamT1Pipeline(SmallWeights())
 
 
-def test_a_search_asks_them_without_compiling_for_a_new_prompt(pipe, compile_count):
-    search = SearchConfig(beams=1, candidates_per_beam=2)
-    chosen = (reward("short"), reward("long"))
-    first = pipe(CAPTIONS[0], frames=17, search=search, rewards=chosen)
-    before = compile_count.value
-    second = pipe(CAPTIONS[1], frames=17, search=search, rewards=chosen)
-    assert compile_count.value == before
-    for out in (first, second):
-        assert all(np.isfinite([c.short, c.long]).all() for chunk in out.trace.chunks for c in chunk.candidates)
-    told = pipe.tokens(CAPTIONS[0])
-    padded = np.zeros((1, 32, *first.frames.shape[1:]), np.uint8)
-    padded[0, :17] = first.frames
-    expected = reward("long")(jnp.asarray(padded), jnp.array([17]), told).scores[0]
-    assert abs(first.trace.final_scores[0] - expected) < 1e-4
+(BEAM,) = entries_of(["beam"], [2])
+SEARCH = BEAM.search(SearchConfig())  # the same for all, so that its programs are compiled once
+
+
+@pytest.fixture(scope="module")
+def make(pipe):
+    return functools.partial(pipe, frames=17, search=SEARCH, rewards=(reward("short"), reward("long")))
+
+
+@pytest.fixture(scope="module")
+def switched(make):
+    """Three chunks, the last two of another prompt."""
+    return make(CAPTIONS[0], switches={5 / 16: CAPTIONS[1]})
+
+
+def stop_after(chunks: int):
+    count = iter(range(1, 1000))
+    return lambda result: next(count) == chunks
+
+
+class TestSearch:
+    def test_nothing_compiles_for_a_new_prompt(self, make, pipe, compile_count):
+        first = make(CAPTIONS[0])
+        before = compile_count.value
+        second = make(CAPTIONS[1])
+        assert compile_count.value == before
+        for out in (first, second):
+            assert all(np.isfinite([c.short, c.long]).all() for chunk in out.trace.chunks for c in chunk.candidates)
+        told = pipe.prompt_for(reward("long"), CAPTIONS[0])
+        assert abs(first.trace.final_scores[0] - score_video(reward("long"), first.frames, told)) < 1e-4
+
+    def test_after_a_switch_they_read_the_new_prompt(self, make, pipe, switched):
+        stream = pipe.stream(CAPTIONS[0], **make.keywords)
+        for result in stream:
+            if result.chunk.index == 0:
+                pipe.switch_prompt(CAPTIONS[1])
+            shown = min(result.chunk.index, 1)
+            (kept,) = result.record.kept
+            expected = [
+                jitted("short")(result.record.frames, jnp.array([6 - (shown == 0)]), pipe.tokens(caption))
+                for caption in CAPTIONS
+            ]
+            scores = [float(verdict.scores[0]) for verdict in expected]
+            found = float(result.record.short.ravel()[kept])
+            assert abs(found - scores[shown]) < 1e-4, f"chunk {result.chunk.index}: {found}, expected {scores[shown]}"
+            assert abs(scores[0] - scores[1]) > 1e-3, "both prompts score the same: nothing is tested"
+        parts = [
+            len(part) / 17 * score_video(reward("long"), part, pipe.prompt_for(reward("long"), caption))
+            for part, caption in zip((switched.frames[:5], switched.frames[5:]), CAPTIONS, strict=True)
+        ]
+        assert abs(switched.trace.final_scores[0] - sum(parts)) < 1e-4
+
+    def test_a_resumed_run_ends_in_the_same_bits(self, make, switched, tmp_path):
+        again = functools.partial(make, CAPTIONS[0], switches={5 / 16: CAPTIONS[1]})
+        with RunStore(tmp_path / "run") as store:
+            again(store=store, on_chunk=stop_after(2))
+        other = make_reward("short", random_params("short"), {"sha256": "another"})
+        with RunStore(tmp_path / "run", resume=True) as store, pytest.raises(BadInputError, match="rewards"):
+            again(store=store, rewards=(other, reward("long")))
+        with RunStore(tmp_path / "run", resume=True) as store:
+            out = again(store=store)
+        assert out.info["sha256"] == switched.info["sha256"]
+        assert out.trace.final_scores == switched.trace.final_scores
+
+    def test_a_comparison_measures_by_them_and_knows_their_weights(self, make, pipe, tmp_path):
+        plan = Plan((BEAM,), (CAPTIONS[0],), generate=GenerateConfig(frames=17))
+        chosen = make.keywords["rewards"]
+        (result,) = compare(pipe, plan, tmp_path / "table", rewards=chosen)
+        told = pipe.prompt_for(chosen[0], CAPTIONS[0])
+        frames = make(CAPTIONS[0], seed=plan.seed(0)).frames
+        assert abs(result.scores["reward.short"] - score_video(chosen[0], frames, told)) < 1e-4
+        other = make_reward("short", random_params("short"), {"sha256": "another"})
+        with pytest.raises(BadInputError, match="another reward model mini_short"):
+            compare(pipe, plan, tmp_path / "table", rewards=(other, chosen[1]), resume=True)
+
+    def test_a_benchmark_has_tokens_for_them(self):
+        chosen = (reward("short"), reward("long"))
+        bench = Bench(SMALL, height=16, width=32, dtype=jnp.float32, rewards=chosen)
+        search = bench.search(RunConfig(search=SEARCH))
+        state = init_state(search, 0, 1)
+        run = functools.partial(step, search, first=True)
+        _, record = jax.eval_shape(run, bench.params, bench.conditioning(search), state)
+        assert record.short.shape == (1, 2)
+
+
+def test_finished_videos_are_scored_from_the_command_line(folder, tmp_path, capsys):
+    write_mp4(tmp_path / "a.mp4", worlds.film(world.random_scene(0), 0, 9), 16)
+    argv = ["score", str(tmp_path / "a.mp4"), "--prompt", CAPTIONS[0], "--rewards", str(folder)]
+    assert cli.main(argv) == 0
+    table = capsys.readouterr().out
+    frames, _ = read_video(tmp_path / "a.mp4")
+    for chosen in (mini_short(folder), mini_long(folder)):
+        assert f"{score_video(chosen, frames, tokens(CAPTIONS[0])):9.4f}" in table, table
 
 
 def test_the_tokens_of_another_model_are_refused(pipe, tmp_path):

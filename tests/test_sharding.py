@@ -43,7 +43,7 @@ def test_picks_and_latents_are_those_of_one_device(report):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["window_decode", "reward_on_the_host"])
+@pytest.mark.parametrize("way", ["window_decode", "rewards_that_read", "reward_on_the_host"])
 def test_other_ways_of_running_are_those_of_one_device(report, way):
     found = report[way]
     assert found["unequal"] == []

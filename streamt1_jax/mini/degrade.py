@@ -13,6 +13,7 @@ reward does not take its own world's perfect pixels for the point.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -184,31 +185,65 @@ def _step(count: int, rng: np.random.Generator) -> np.ndarray:
     return (np.arange(count) >= rng.integers(1, max(count, 2))).astype(float)
 
 
-def film_group(group: Group, key: Array, step: int) -> Float[Array, "all k h w 3"]:
-    """Renders a group, the good video first; `step` as in `world.render`."""
+def film_groups(groups: Group, key: Array, step: int) -> Float[Array, "n m k h w 3"]:
+    """Renders n groups, in each the good video first; `step` as in `world.render`.
+
+    Four programs, because in one of them XLA would draw every pixel again for each that looks at it.
+    """
+    videos = _mix(groups, step)
+    n, _, *shape = videos.shape
+    draws = _draw(jax.random.split(key, n), tuple(shape))
+    more = jax.tree.map(lambda levels: np.pad(levels, ((0, 0), (1, 0))), groups.harm)
+    harm = jax.tree.map(lambda level, levels: level[:, None] + levels, groups.nuisance, more)
+    videos = _warp(videos, draws["warp"], harm.warp, step)
+    return _spoil(videos, draws, harm, step)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.vmap, in_axes=(0, None))
+def _mix(group: Group, step: int) -> Float[Array, "m k h w 3"]:
+    """One group without harm."""
     good = world.render(group.good, group.frames, step=step)
     mixed = jax.vmap(lambda placed, frames: world.render(placed, frames, step=step))(group.mixed, group.mixed_frames)
     share = group.share[:, :, None, None, None]
-    videos = jnp.concatenate([good[None], good * (1 - share) + mixed * share])
-    more = jax.tree.map(lambda levels: jnp.concatenate([jnp.zeros(1), levels]), group.harm)
-    harm = jax.tree.map(jnp.add, group.nuisance, more)
-    # The same draws for all: what differs between the videos of a group is how much, not where.
-    return jax.vmap(lambda video, harm: apply_harm(video, harm, key, step))(videos, harm)
+    return jnp.concatenate([good[None], good * (1 - share) + mixed * share])
 
 
-def apply_harm(video: Float[Array, "k h w 3"], harm: Harm, key: Array, step: int) -> Float[Array, "k h w 3"]:
-    """Degrades pixels; what is given in pixels is of the full size."""
-    count, height, width, _ = video.shape
+@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.vmap, in_axes=(0, None))
+def _draw(key: Array, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What each harm does to one group in full: what differs between its videos is how much, not where."""
     keys = dict(zip(HARMS, jax.random.split(key, len(HARMS)), strict=True))
+    count, height, width, _ = shape
     bend = jax.random.normal(keys["warp"], (count, 5, 8, 2))
-    bend = jax.image.resize(bend, (count, height, width, 2), "cubic") * harm.warp / step
-    video = jax.vmap(_bend)(video, bend)
+    return {
+        "warp": jax.image.resize(bend, (count, height, width, 2), "cubic"),
+        "blobs": _blobs(keys["blobs"], height, width),
+        "hole": _rectangle(keys["hole"], height, width),
+        "cast": jax.random.normal(keys["cast"], (3,)),
+        "blink": jax.random.normal(keys["blink"], (count, 1, 1, 1)),
+        "noise": jax.random.normal(keys["noise"], shape),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.vmap, in_axes=(0, 0, 0, None))
+@functools.partial(jax.vmap, in_axes=(0, None, 0, None))
+def _warp(
+    video: Float[Array, "k h w 3"], bend: Float[Array, "k h w 2"], level: Float[HostOrDevice, ""], step: int
+) -> Float[Array, "k h w 3"]:
+    return jax.vmap(_bend)(video, bend * level / step)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.vmap, in_axes=(0, 0, 0, None))
+@functools.partial(jax.vmap, in_axes=(0, None, 0, None))
+def _spoil(video: Float[Array, "k h w 3"], draws: dict[str, Any], harm: Harm, step: int) -> Float[Array, "k h w 3"]:
+    """All of one video but its warp; what is given in pixels is of the full size."""
     video = _blur(video, harm.blur / step)
-    video = _cover(video, _blobs(keys["blobs"], height, width), harm.blobs)
-    video = _cover(video, _rectangle(keys["hole"], height, width), harm.hole)
-    video = video + harm.cast * jax.random.normal(keys["cast"], (3,))
-    video = video + harm.blink * jax.random.normal(keys["blink"], (count, 1, 1, 1))
-    video = video + harm.noise * jax.random.normal(keys["noise"], video.shape)
+    video = _cover(video, draws["blobs"], harm.blobs)
+    video = _cover(video, draws["hole"], harm.hole)
+    video = video + harm.cast * draws["cast"] + harm.blink * draws["blink"] + harm.noise * draws["noise"]
     return jnp.clip(video, -1.0, 1.0)
 
 
@@ -226,8 +261,7 @@ def _bend(frame: Float[Array, "h w 3"], bend: Float[Array, "h w 2"]) -> Float[Ar
     at = lambda dy, dx: frame[(top + dy).astype(int) % height, (left + dx).astype(int) % width]  # noqa: E731
     upper = at(0, 0) * (1 - right) + at(0, 1) * right
     lower = at(1, 0) * (1 - right) + at(1, 1) * right
-    # A barrier, or XLA fetches these pixels again for every tap of the blur that follows.
-    return jax.lax.optimization_barrier(upper * (1 - down) + lower * down)
+    return upper * (1 - down) + lower * down
 
 
 def _blur(video: Float[Array, "k h w 3"], sigma: Float[HostOrDevice, ""]) -> Float[Array, "k h w 3"]:

@@ -224,9 +224,7 @@ def mini_long(folder: Path | None = None) -> Reward:
 @functools.cache
 def _load(role: Role, folder: Path) -> Reward:
     params = shipped.load_mini(folder, f"reward_{role}", reward_graph(role)[1])
-    manifest = shipped.read_manifest(folder)
-    about = {"sha256": manifest["sha256"], "origin": manifest["origin"].get("rewards", {})}
-    return make_reward(role, params, about)
+    return make_reward(role, params, {"sha256": shipped.read_manifest(folder)["sha256"]})
 
 
 @functools.cache

@@ -54,8 +54,8 @@ class Recipe:
     dit: int = 2000
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
-    reward_short: int = 3000
-    reward_long: int = 2000
+    reward_short: int = 2000
+    reward_long: int = 1600
 
     def __post_init__(self):
         wrong = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) < 1]

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from streamt1_jax.mini import world
-from streamt1_jax.mini.degrade import LONG_KINDS, SHORT_KINDS, Group, draw_group, film_group
+from streamt1_jax.mini.degrade import LONG_KINDS, SHORT_KINDS, draw_group, film_groups
 from streamt1_jax.mini.rewards import (
     LONG_STEP,
     LONG_STRIDE,
@@ -49,23 +49,24 @@ class Clips(NamedTuple):
 
 CLIPS: dict[Role, Clips] = {
     "short": Clips(SHORT_KINDS, frames=1, stride=1, step=1, groups=16),
-    "long": Clips(LONG_KINDS, frames=8, stride=LONG_STRIDE, step=LONG_STEP, groups=8),
+    "long": Clips(LONG_KINDS, frames=6, stride=LONG_STRIDE, step=LONG_STEP, groups=8),
 }
 
 
 class Preferences(NamedTuple):
     """A batch. Leading axis n."""
 
-    groups: Group
+    videos: Float[Array, "n m k h w 3"]  # in [-1, 1]; the good one first
+    kind: Int[HostOrDevice, "n bad"]  # index into the kinds of `Clips`
     pairs: Bool[HostOrDevice, "n t"]  # which frames, or pairs of frames, count
     tokens: Int[HostOrDevice, "n P"]
     mask: Int[HostOrDevice, "n P"]
 
 
 def draw_preferences(
-    clips: Clips, tokenizer: Tokenizer, numbers: list[int], scene_of: Callable[[int], world.Scene]
+    clips: Clips, tokenizer: Tokenizer, numbers: list[int], scene_of: Callable[[int], world.Scene], key: Array
 ) -> Preferences:
-    """Groups of the scenes with these numbers."""
+    """Groups of the scenes with these numbers; `key` is for what is done to pixels."""
     groups, pairs, prompts = [], [], []
     most = max(clips.frames - 1, 1)
     for number in numbers:
@@ -77,11 +78,12 @@ def draw_preferences(
         prompts.append(tokenizer(scene.caption()))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *groups)
     arrays: dict[str, Any] = {
+        "kind": stacked.kind,
         "pairs": np.stack(pairs),
         "tokens": np.stack([prompt.ids for prompt in prompts]),
         "mask": np.stack([prompt.mask for prompt in prompts]),
     }
-    return Preferences(stacked, **arrays)
+    return Preferences(film_groups(stacked, key, clips.step), **arrays)
 
 
 def reward_task(role: Role, *, steps: int, groups: int | None = None, seed: int = 0) -> Task:
@@ -92,16 +94,19 @@ def reward_task(role: Role, *, steps: int, groups: int | None = None, seed: int 
     """
     clips, graph, tokenizer = CLIPS[role], reward_graph(role)[0], caption_tokenizer()
 
+    key = jax.random.key(seed)
+
     def init() -> PyTree:
         return nnx.split(RewardNet(role, rngs=nnx.Rngs(seed)))[1]
 
     def batch(step: int) -> Preferences:
         rng = np.random.default_rng((seed, step))
         numbers = rng.integers(2**31, size=groups or clips.groups).tolist()
-        return draw_preferences(clips, tokenizer, numbers, world.training_scene)
+        return draw_preferences(clips, tokenizer, numbers, world.training_scene, jax.random.fold_in(key, step))
 
     def loss(params: PyTree, batch: Preferences, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
-        scores, matching = score_preferences(nnx.merge(graph, params), batch, key, clips.step)
+        del key  # a batch is drawn with one of its own
+        scores, matching = score_preferences(nnx.merge(graph, params), batch)
         preference = jnp.mean(jax.nn.softplus(scores[:, 1:] - scores[:, :1]))
         right = jnp.diagonal(matching)
         match = jnp.mean(jax.nn.logsumexp(matching, axis=0) + jax.nn.logsumexp(matching, axis=1) - 2 * right)
@@ -116,13 +121,11 @@ def reward_task(role: Role, *, steps: int, groups: int | None = None, seed: int 
     return Task(f"reward_{role}", init, batch, loss, steps, LEARNING_RATE)
 
 
-def score_preferences(net: RewardNet, batch: Preferences, key: Array, step: int) -> tuple[Array, Array]:
+def score_preferences(net: RewardNet, batch: Preferences) -> tuple[Array, Array]:
     """(scores [n, 1 + bad] of every group's videos, the good one first; [n, n] of good video i with caption j)."""
     batch = jax.tree.map(jnp.asarray, batch)
-    keys = jax.random.split(key, len(batch.tokens))
-    videos = jax.vmap(lambda group, key: film_group(group, key, step))(batch.groups, keys)
-    n, m, *rest = videos.shape
-    seen = jax.vmap(net.encode_frames)(videos.reshape(n * m, *rest))
+    n, m, *rest = batch.videos.shape
+    seen = jax.vmap(net.encode_frames)(batch.videos.reshape(n * m, *rest))
     seen = seen.reshape(n, m, *seen.shape[1:])
     rows, is_word = jax.vmap(net.encode_caption)(PromptTokens(batch.tokens, batch.mask))
     of_group = jax.vmap(net.score, in_axes=(0, None, None, None))
@@ -138,15 +141,16 @@ def accuracy_by_kind(role: Role, params: PyTree, *, batches: int = 32, groups: i
     scenes = world.held_out_scenes(64)
 
     @jax.jit
-    def score(params: PyTree, batch: Preferences, key: Array) -> Array:
-        return score_preferences(nnx.merge(graph, params), batch, key, clips.step)[0]
+    def score(params: PyTree, batch: Preferences) -> Array:
+        return score_preferences(nnx.merge(graph, params), batch)[0]
 
     won: dict[str, list[float]] = {kind: [] for kind in dict.fromkeys(clips.kinds)}
     for index in range(batches):
         numbers = [2**32 + index * groups + i for i in range(groups)]
-        batch = draw_preferences(clips, tokenizer, numbers, lambda number: scenes[number % len(scenes)])
-        scores = np.asarray(score(params, batch, jax.random.key(index)))
-        for kind, better in zip(batch.groups.kind.ravel(), (scores[:, :1] > scores[:, 1:]).ravel(), strict=True):
+        scene_of = lambda number: scenes[number % len(scenes)]  # noqa: E731
+        batch = draw_preferences(clips, tokenizer, numbers, scene_of, jax.random.key(index))
+        scores = np.asarray(score(params, batch))
+        for kind, better in zip(np.asarray(batch.kind).ravel(), (scores[:, :1] > scores[:, 1:]).ravel(), strict=True):
             won[clips.kinds[kind]].append(float(better))
     everything = [value for values in won.values() for value in values]
     return {"all": float(np.mean(everything))} | {
