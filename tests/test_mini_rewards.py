@@ -11,7 +11,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from small import SMALL, SmallWeights
 
-from streamt1_jax import SearchConfig, StreamT1Pipeline, cli
+from streamt1_jax import SearchConfig, StreamT1Pipeline, cli, cli_score
 from streamt1_jax.bench import Bench
 from streamt1_jax.compare import Plan, compare
 from streamt1_jax.compare_methods import entries_of
@@ -24,10 +24,9 @@ from streamt1_jax.rewards import PromptTable, PromptTokens
 from streamt1_jax.rewards.choice import check_choice, make_rewards
 from streamt1_jax.rewards.registry import Role
 from streamt1_jax.run_store import RunStore
-from streamt1_jax.settings import GenerateConfig, RewardsConfig
+from streamt1_jax.settings import GenerateConfig, RewardsConfig, load_settings
 from streamt1_jax.stream import init_state, score_video, step
 from streamt1_jax.text import Tokenizer
-from streamt1_jax.video import read_video, write_mp4
 
 ROLES: list[Role] = ["short", "long"]
 CAPTIONS = ["a red circle moves right", "a blue square spins"]
@@ -140,6 +139,7 @@ class TestWeights:
 
     def test_a_name_or_a_folder_chooses_them(self, folder):
         config = RewardsConfig(short="mini", long="mini", dir=str(folder))
+        assert load_settings(None, cli_score.reward_overrides(str(folder), None, [])).rewards == config
         assert check_choice(config) is None
         chosen = make_rewards(config, PromptTable(), None)
         assert chosen == (mini_short(folder), mini_long(folder)), "another object compiles every step anew"
@@ -314,6 +314,14 @@ class TestSearch:
         with pytest.raises(BadInputError, match="another reward model mini_short"):
             compare(pipe, plan, tmp_path / "table", rewards=(other, chosen[1]), resume=True)
 
+    def test_finished_videos_are_scored(self, make, pipe, switched):
+        chosen = make.keywords["rewards"]
+        pairs = {role: (each, PromptTable()) for role, each in zip(ROLES, chosen, strict=True)}
+        said = cli_score._score(pairs, "a.mp4", switched.frames, 16.0, CAPTIONS[0], given=False)["scores"]
+        for role, each in zip(ROLES, chosen, strict=True):
+            expected = score_video(each, switched.frames, pipe.prompt_for(each, CAPTIONS[0]))
+            assert abs(said[role]["score"] - expected) < 1e-6, role
+
     def test_a_benchmark_has_tokens_for_them(self):
         chosen = (reward("short"), reward("long"))
         bench = Bench(SMALL, height=16, width=32, dtype=jnp.float32, rewards=chosen)
@@ -322,16 +330,6 @@ class TestSearch:
         run = functools.partial(step, search, first=True)
         _, record = jax.eval_shape(run, bench.params, bench.conditioning(search), state)
         assert record.short.shape == (1, 2)
-
-
-def test_finished_videos_are_scored_from_the_command_line(folder, tmp_path, capsys):
-    write_mp4(tmp_path / "a.mp4", worlds.film(world.random_scene(0), 0, 9), 16)
-    argv = ["score", str(tmp_path / "a.mp4"), "--prompt", CAPTIONS[0], "--rewards", str(folder)]
-    assert cli.main(argv) == 0
-    table = capsys.readouterr().out
-    frames, _ = read_video(tmp_path / "a.mp4")
-    for chosen in (mini_short(folder), mini_long(folder)):
-        assert f"{score_video(chosen, frames, tokens(CAPTIONS[0])):9.4f}" in table, table
 
 
 def test_the_tokens_of_another_model_are_refused(pipe, tmp_path):
