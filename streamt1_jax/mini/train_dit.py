@@ -64,7 +64,7 @@ def coupled_noise(noise: Float[Array, "f C h w"], openings: Float[Array, "2 6"])
     return noise.at[0].set(rearrange(first, "c y x i j -> c (y i) (x j)"))
 
 
-def _start_patch(opening: Float[Array, "6"], grid: tuple[int, int]) -> tuple[tuple[Array, Array], Float[Array, "2"]]:
+def _start_patch(opening: Float[Array, "6"], grid: tuple[int, ...]) -> tuple[tuple[Array, Array], Float[Array, "2"]]:
     """The patch (row, column) that a thing's centre starts in, and where in it: (x, y) as normal numbers.
 
     Starts are uniform over all patches but those at the border (`world.EDGE` is a patch).
