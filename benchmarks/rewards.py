@@ -163,38 +163,27 @@ def beside_dit(scorers: dict[str, HPSv3 | VideoReward], args: argparse.Namespace
     """One steady chunk of the search with these rewards, stage by stage and as one program."""
     import jax
 
-    from streamt1_jax.bench import MEANING, Bench, _Clock, search_of, staged_step
+    from streamt1_jax.bench import Bench, lane_config
+    from streamt1_jax.bench_lane import Lane, time_video
+    from streamt1_jax.bench_report import MEANING
     from streamt1_jax.config import ModelConfig, RunConfig
     from streamt1_jax.measure import peak_bytes
-    from streamt1_jax.stream import init_state, jitted_step
     from streamt1_jax.weights import default_dtype
 
     model, prompts = ModelConfig.preset(args.beside), PromptTable([""])
     size = {"height": args.height, "width": args.width} if args.size == "full" else {"height": 64, "width": 96}
     short, long = (as_reward(name, scorer, prompts) for name, scorer in scorers.items())
     bench = Bench(model, **size, dtype=default_dtype(), rewards=(short, long))
-    search = bench.search(RunConfig(search=search_of(CANDIDATES)))
-    conditioning, state = bench.conditioning(search), init_state(search, 0, args.chunks)
-    stages, whole = {}, []
-    for index in range(args.chunks):
-        if index >= bench.steady:  # the second time around nothing is compiled
-            clock = _Clock()
-            staged_step(search, bench.params, conditioning, state, first=False, clock=clock)
-            stages = clock.seconds
-        started = time.perf_counter()
-        state, record = jitted_step(search, bench.params, conditioning, state, first=index == 0)
-        jax.device_get(record)
-        jax.block_until_ready(state)
-        whole.append(time.perf_counter() - started)
-        for reward in (short, long):
-            reward.raise_if_failed()
+    search = bench.search(lane_config(RunConfig(), CANDIDATES))
+    lane = Lane(CANDIDATES, search, bench.params, bench.conditioning(search))
+    last = time_video(lane, args.chunks)[-1]  # all programs were compiled by the first two chunks
     return {
         "preset": args.beside,
         "size": size,
         "frames_in_window": "the window fills from chunk 10 on",
         "chunk": args.chunks - 1,
-        "stage_seconds": {f"{name} ({MEANING[name]})": value for name, value in stages.items()},
-        "chunk_seconds": whole[-1],
+        "stage_seconds": {f"{name} ({MEANING[name]})": value for name, value in last.stages.items()},
+        "chunk_seconds": last.whole,
         "peak_bytes": peak_bytes(),
     }
 
