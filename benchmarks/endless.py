@@ -69,7 +69,7 @@ def measure(chunks: int, candidates: int, switch_every: int | None) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times the chunks of a long stream of the tiny model.")
     parser.add_argument("--chunks", type=int, default=200)
     parser.add_argument("--candidates", type=int, default=2, help="beams, and candidates of each")
     parser.add_argument("--switch-every", type=int, metavar="N", help="another prompt after every N chunks")
