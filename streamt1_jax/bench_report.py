@@ -19,7 +19,8 @@ def bench_table(report: dict[str, Any]) -> str:
     """Milliseconds of a steady chunk by stage, a column for each number of candidates, and what follows from them."""
     runs, machine, size = report["runs"], report["machine"], report["size"]
     prompt, search = report["prompt"], report["run"]["search"]
-    peak = report["devices"] * report["matmul_peak_flop_per_second"]
+    one_device = report["matmul_peak_flop_per_second"]
+    peak = report["devices"] * one_device
     lines = [
         f"{machine['device']} x{machine['devices']} ({machine['processor']}, {machine['cpus']} cores, load "
         f"{machine['load']:.1f}), jax {machine['jax']}, {report['dtype']}, attention "
@@ -32,7 +33,7 @@ def bench_table(report: dict[str, Any]) -> str:
         "once a prompt: "
         + "; ".join(
             f"{meaning}: {_ms(prompt[name]['seconds'])} ms, {prompt[name]['flop'] / 1e12:.3g} TFLOP, "
-            f"{100 * prompt[name]['flop'] / prompt[name]['seconds']['median'] / peak:.0f} %"
+            f"{100 * prompt[name]['flop'] / prompt[name]['seconds']['median'] / one_device:.0f} %"
             for name, meaning in (("text", "text encoder"), ("prepare", "cross-attention keys and values"))
         ),
         "",
