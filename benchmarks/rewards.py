@@ -161,8 +161,6 @@ def as_reward(name: str, scorer: HPSv3 | VideoReward, prompts: PromptTable) -> R
 
 def beside_dit(scorers: dict[str, HPSv3 | VideoReward], args: argparse.Namespace) -> dict[str, Any]:
     """One steady chunk of the search with these rewards, stage by stage and as one program."""
-    import jax
-
     from streamt1_jax.bench import Bench, lane_config
     from streamt1_jax.bench_lane import Lane, time_video
     from streamt1_jax.bench_report import MEANING
