@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report here too")
     args = parser.parse_args()
 
+    jax.config.update("jax_default_matmul_precision", "highest")  # or a GPU would round the exact form to TF32
     model = ModelConfig.preset(args.preset)
     if args.preset == "mini":
         weights, params = MiniWeights().describe()["summary"], MiniWeights().generator_params(jnp.float32)
