@@ -36,7 +36,7 @@ from streamt1_jax.stream import Search, init_state, jitted_step
 from streamt1_jax.weights import random_params
 from streamt1_jax.window import decodes_in_turn
 
-EARLY = 8  # late chunks are compared with this one and the two that follow; the sinks are full by then
+EARLY = 8  # late chunks are compared with this one and the two after; sinks that always grow are full by then
 
 
 def lane_config(run: RunConfig, candidates: int) -> RunConfig:
