@@ -1,5 +1,6 @@
 """A benchmark's report for people: one table, and the ratio of two reports."""
 
+import json
 from typing import Any
 
 from streamt1_jax.stages import NAMES
@@ -13,6 +14,9 @@ MEANING = {
     "commit": "write the caches, route what leaves",
     "host": "record to the host",
 }
+
+# What two reports must share if their ratio is to be that of the code or of the machine.
+ALIKE = ("model", "run", "dtype", "devices", "attention", "rewards")
 
 
 def bench_table(report: dict[str, Any]) -> str:
@@ -80,8 +84,11 @@ def compare_table(report: dict[str, Any], earlier: dict[str, Any]) -> str:
     """How much longer each stage takes than in an earlier report, for the numbers of candidates that both have."""
     before = {run["candidates"]: run for run in earlier["runs"]}
     pairs = [(run, before[run["candidates"]]) for run in report["runs"] if run["candidates"] in before]
+    now, then = (json.loads(json.dumps({key: each.get(key) for key in ALIKE})) for each in (report, earlier))
+    other = [key for key in ALIKE if now[key] != then[key]]
     lines = [
-        f"against {earlier['machine']['device']}, jax {earlier['machine']['jax']}, {earlier['dtype']}: time now / then",
+        f"against {earlier['machine']['device']}, jax {earlier['machine']['jax']}, {earlier['dtype']}: time now / then"
+        + (f"; NOT ALIKE: {', '.join(other)}" if other else ""),
         _row("", [f"{run['candidates']} candidates" for run, _ in pairs]),
     ]
     for stage in NAMES:

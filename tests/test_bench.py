@@ -140,6 +140,13 @@ def test_a_comparison_gives_the_ratio_of_times():
     assert all(row.endswith(" 1.500") for row in rows)
 
 
+def test_a_comparison_says_what_is_not_alike():
+    ours, theirs = report_of_seconds(3.0), report_of_seconds(2.0)
+    assert "NOT ALIKE" not in compare_table(ours | {"run": {"steps": (1, 2)}}, theirs | {"run": {"steps": [1, 2]}})
+    said = compare_table(ours | {"rewards": ["native_short"]}, theirs | {"dtype": "bfloat16"}).splitlines()[0]
+    assert said.endswith("NOT ALIKE: dtype, rewards")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
