@@ -67,7 +67,7 @@ bench() { # bench NAME OPTION...
 step() {
     case $1 in
     setup)
-        "$PYTHON" -c 'import einops, flax, jaxtyping' || "$PYTHON" -m pip install flax einops jaxtyping
+        "$PYTHON" -c 'import einops, flax, jaxtyping, safetensors' || "$PYTHON" -m pip install flax einops jaxtyping safetensors
         "$PYTHON" -c 'import sys, jax; print(sys.version, jax.__version__, jax.devices())'
         nvidia-smi
         ;;
