@@ -9,6 +9,7 @@ from scipy.stats import norm
 
 from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError, WeightsError
+from streamt1_jax.measure import compilation_cache
 from streamt1_jax.mini import shipped, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.train import Recipe
@@ -66,6 +67,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     broken = Task(**{**task.__dict__, "loss": lambda params, batch, key: (jnp.sum(params["weights"]) / 0.0, {})})
     with pytest.raises(FloatingPointError, match="not finite at step"):
         fit(broken, tmp_path, seed=0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_compilation_cache():
+    """Nothing of this module is compiled twice, and XLA has crashed while it wrote so large a program as a training
+    step's into the cache (jaxlib 0.10.2, CPU)."""
+    with compilation_cache(None):
+        yield
 
 
 def loss_before_and_after(task: Task, steps: int) -> tuple[float, float]:
