@@ -146,9 +146,6 @@ class TestWeights:
         assert [each.name for each in chosen] == ["mini_short", "mini_long"]
         assert all(each.about["sha256"] == shipped.read_manifest(folder)["sha256"] for each in chosen)
 
-    @pytest.mark.skipif(
-        "reward_short" not in shipped.read_manifest(shipped.FOLDER)["networks"], reason="no trained rewards shipped"
-    )
     @pytest.mark.parametrize("role", ROLES)
     def test_the_shipped_ones_prefer_good_videos(self, role):
         params = shipped.load_mini(shipped.FOLDER, f"reward_{role}", reward_graph(role)[1])

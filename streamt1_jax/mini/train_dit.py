@@ -101,15 +101,7 @@ def dit_task(
     chunks, half = data.latents.shape[1], len(schedule.sigmas) // 2
 
     def init() -> PyTree:
-        made = start
-        if made is None:
-            dit = CausalWanDiT(config.dit, rngs=nnx.Rngs(seed))
-            text = UMT5Encoder(config.text, dtype=jnp.float32, rngs=nnx.Rngs(seed + 1))
-            made = {"dit": nnx.split(dit)[1], "text": nnx.split(text)[1]}
-            # The flow starts at zero, and every block nearly as the identity (Peebles and Xie 2023, arXiv:2212.09748).
-            for layer in (made["dit"]["head"]["projection"], made["dit"]["time_projection"]):
-                layer["kernel"] = jax.tree.map(jnp.zeros_like, layer["kernel"])
-        return jax.tree.map(jnp.copy, made)
+        return jax.tree.map(jnp.copy, _random_start(config, seed) if start is None else start)
 
     def one(params: PyTree, example: Sequences, key: Array) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
         """(loss, weight) of every chunk of one sequence."""
@@ -161,6 +153,16 @@ def dit_task(
         return Sequences(*(leaf[np.sort(rows)] for leaf in data))
 
     return Task(name, init, draw, loss, steps, learning_rate=2e-3)
+
+
+def _random_start(config: ModelConfig, seed: int) -> PyTree:
+    """Random; the flow is zero and every block nearly the identity (Peebles and Xie 2023, arXiv:2212.09748)."""
+    dit = CausalWanDiT(config.dit, rngs=nnx.Rngs(seed))
+    text = UMT5Encoder(config.text, dtype=jnp.float32, rngs=nnx.Rngs(seed + 1))
+    made = {"dit": nnx.split(dit)[1], "text": nnx.split(text)[1]}
+    for layer in (made["dit"]["head"]["projection"], made["dit"]["time_projection"]):
+        layer["kernel"] = jax.tree.map(jnp.zeros_like, layer["kernel"])
+    return made
 
 
 def _past(caches: list[KV], stream: StreamConfig, key: Array) -> Past | None:
