@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from streamt1_jax.errors import BadInputError
+from streamt1_jax.mini.shipped import FOLDER
 from streamt1_jax.settings import check_seed
 
 
@@ -20,7 +21,11 @@ def add_train_mini(commands: Any) -> None:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="where weights, checkpoints and logs go")
     add("--steps", metavar="NAME=N,...", help="other numbers than the recipe's, such as vae=100,dit=50")
-    add("--only", choices=["rewards"], help="train these alone, beside what stands in the folder; they need no VAE")
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--only", choices=["rewards"], help="train these alone, beside what stands in the folder; they need no VAE")
+    which(
+        "--start", metavar="DIR", help="go on from the DiT that such a folder holds; 'mini': from the shipped weights"
+    )
     add("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
     add("--resume", action="store_true", help="go on with what stands in the folder")
     parser.set_defaults(run=_run_train_mini)
@@ -29,11 +34,18 @@ def add_train_mini(commands: Any) -> None:
 def _run_train_mini(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("optax") is None:
         raise BadInputError('optax is not installed, train-mini needs it; pip install "streamt1-jax[train]"')
-    from streamt1_jax.mini.train import Recipe, train_mini, train_rewards
+    from streamt1_jax.mini.train import Recipe, continue_dit, train_mini, train_rewards
 
-    recipe, seed = Recipe.parse(args.steps), check_seed(args.seed)
-    train, use = (train_rewards, "--rewards") if args.only == "rewards" else (train_mini, "--checkpoint")
-    train(Path(args.out), recipe, seed=seed, resume=args.resume, report=_report)
+    recipe, out = Recipe.parse(args.steps), Path(args.out)
+    options = {"seed": check_seed(args.seed), "resume": args.resume, "report": _report}
+    use = "--checkpoint"
+    if args.only == "rewards":
+        train_rewards(out, recipe, **options)
+        use = "--rewards"
+    elif args.start is not None:
+        continue_dit(out, FOLDER if args.start == "mini" else Path(args.start), recipe, **options)
+    else:
+        train_mini(out, recipe, **options)
     print(f"wrote {Path(args.out) / 'mini.safetensors'}; use it with {use} {args.out}")
     return 0
 

@@ -31,10 +31,6 @@ class Sequences(NamedTuple):
     tokens: Int[HostOrDevice, "n P"]
     mask: Int[HostOrDevice, "n P"]
 
-    def first_chunks(self) -> "Sequences":
-        """Chunk 0 of each alone."""
-        return self._replace(latents=self.latents[:, :1], start=self.start[:, :1])
-
 
 def encode_sequences(
     config: ModelConfig,
@@ -62,7 +58,7 @@ def encode_sequences(
         numbers = [seed + n for n in range(first, first + batch)]
         scenes = [world.training_scene(number) for number in numbers]
         openings = np.stack([world.draw_openings(number) for number in numbers])
-        late = first // batch % 2 == 1
+        late = chunks > 1 and first // batch % 2 == 1
         runs = np.random.default_rng((seed, first)).integers(*(LATE_CHUNKS if late else (1, 2)), batch, np.int32)
         placed = world.stack([world.place(*pair) for pair in zip(scenes, openings, strict=True)])
         latents = np.asarray(encode[late](vae, placed, runs))
@@ -83,6 +79,6 @@ def _encode(
     begin = FIRST_PIXELS + CHUNK_PIXELS * (run - 1) - before
     pixels = before + CHUNK_PIXELS * (chunks - 1)
     latents = encoder.encode(world.render(placed, begin + jnp.arange(pixels)))
-    of_run = latents[-CHUNK * (chunks - 1) :]
+    of_run = latents[len(latents) - CHUNK * (chunks - 1) :]
     first = encoder.encode(world.render(placed, jnp.arange(FIRST_PIXELS))) if late else latents[:CHUNK]
     return jnp.concatenate([first, of_run]).reshape(chunks, CHUNK, *latents.shape[1:])

@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def add_to_mini(folder: Path, networks: dict[str, PyTree], origin: dict[str, Any
         name: tensor for name, tensor in load_file(folder / TENSORS).items() if name.partition("/")[0] not in networks
     }
     _write(folder, kept | _stored(networks), manifest["origin"] | origin)
+
+
+def copy_mini(start: Path, folder: Path) -> None:
+    """Both files of `start`, into `folder`."""
+    for name in (TENSORS, MANIFEST):
+        shutil.copyfile(start / name, folder / name)
 
 
 def _stored(networks: dict[str, PyTree]) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ from streamt1_jax.config import ModelConfig, StreamConfig
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.mini import world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
-from streamt1_jax.mini.shipped import add_to_mini, save_mini
+from streamt1_jax.mini.shipped import add_to_mini, copy_mini, load_mini, read_manifest, save_mini
 from streamt1_jax.mini.train_dit import dit_task
 from streamt1_jax.mini.train_rewards import accuracy_by_kind, reward_task
 from streamt1_jax.mini.train_vae import standardise, vae_task
@@ -39,15 +39,18 @@ from streamt1_jax.text import Tokenizer
 from streamt1_jax.weights import MiniWeights
 
 Report = Callable[[str, dict[str, float]], None]
+DIT_STAGES = ("first_chunks", "sequences", "dit_first", "dit_first_batch", "dit", "dit_batch", "chunks")
+REWARD_STAGES = ("reward_short", "reward_long")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps of every stage, sequences to encode, and batch sizes. The defaults take two CPU cores about three hours."""
+    """Steps of every stage, what is encoded, and batch sizes. The defaults take two CPU cores about three hours."""
 
     vae: int = 1500
     vae_long: int = 1400
     vae_stream: int = 400
+    first_chunks: int = 6000  # scenes of which chunk 0 alone is encoded
     sequences: int = 2000
     dit_first: int = 800
     dit_first_batch: int = 24
@@ -90,7 +93,7 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
     Raises:
         BadInputError: checkpoints are there already and `resume` is False.
     """
-    config, stream = ModelConfig.mini(), StreamConfig()
+    config = ModelConfig.mini()
     out.mkdir(parents=True, exist_ok=True)
 
     run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report)
@@ -100,12 +103,58 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
     late = functools.partial(longer, frames=8, history=73, ema_decay=0.99)  # a short stage: its average forgets sooner
     vae = run(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
-    data = _sequences(out, config, vae, recipe, seed, report)
-    dit = functools.partial(dit_task, config=config, stream=stream, seed=seed)
-    made = run(dit("dit_first", data=data.first_chunks(), steps=recipe.dit_first, batch=recipe.dit_first_batch))
-    made = run(dit("dit", data=data, start=made, steps=recipe.dit, batch=recipe.dit_batch))
+    made = _train_dit(vae, None, out, recipe, seed=seed, resume=resume, report=report)
     save_mini(out, {"vae": vae, **made}, _origin(recipe, seed))
     train_rewards(out, recipe, seed=seed, resume=resume, report=report)
+
+
+def continue_dit(
+    out: Path, start: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False, report: Report | None = None
+) -> None:
+    """Goes on with the DiT and the text encoder of earlier weights; writes them with the other networks into `out`.
+
+    Args:
+        start: holds `mini.safetensors`; another seed than its own brings other scenes and other noise.
+
+    The other arguments and the errors are those of `train_mini`.
+
+    Raises:
+        BadInputError: also if `out` is `start`.
+        WeightsError: what stands in `start` is damaged or of another size.
+    """
+    if out.resolve() == start.resolve():
+        raise BadInputError(f"{out} is where the training starts from; write into another folder")
+    config = ModelConfig.mini()
+    abstract = {name: network_graph(config, name, jnp.float32)[1] for name in ("vae", "dit", "text")}
+    old = {name: load_mini(start, name, network) for name, network in abstract.items()}
+    manifest = read_manifest(start)
+    out.mkdir(parents=True, exist_ok=True)
+    made = {name: old[name] for name in ("dit", "text")}
+    made = _train_dit(old["vae"], made, out, recipe, seed=seed, resume=resume, report=report)
+    record = _origin(recipe, seed, stages=DIT_STAGES, options="--start DIR ") | {"start_sha256": manifest["sha256"]}
+    copy_mini(start, out)
+    add_to_mini(out, made, {"continued": [*manifest["origin"].get("continued", []), record]})
+
+
+def _train_dit(
+    vae: PyTree,
+    start: PyTree | None,
+    out: Path,
+    recipe: Recipe,
+    *,
+    seed: int,
+    resume: bool,
+    report: Report | None,
+) -> PyTree:
+    """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing."""
+    config = ModelConfig.mini()
+    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report)
+    encoded = functools.partial(_sequences, out, config, vae, seed=seed, report=report)
+    dit = functools.partial(dit_task, config=config, stream=StreamConfig(), seed=seed)
+    first = encoded(recipe.first_chunks, 1)
+    made = run(dit("dit_first", data=first, start=start, steps=recipe.dit_first, batch=recipe.dit_first_batch))
+    data = encoded(recipe.sequences, recipe.chunks)
+    return run(dit("dit", data=data, start=made, steps=recipe.dit, batch=recipe.dit_batch))
 
 
 def train_rewards(
@@ -125,7 +174,7 @@ def train_rewards(
         accuracy[task.name] = accuracy_by_kind(role, made[task.name])
         if report is not None:
             report(f"{task.name}, held out", {"step": steps, "steps": steps} | accuracy[task.name])
-    origin = _origin(recipe, seed, rewards_only=True) | {"accuracy": accuracy}
+    origin = _origin(recipe, seed, stages=REWARD_STAGES, options="--only rewards ") | {"accuracy": accuracy}
     add_to_mini(out, made, {"rewards": origin})
 
 
@@ -147,13 +196,12 @@ def _latents_of_the_world(config: ModelConfig, vae: PyTree) -> jax.Array:
 
 
 def _sequences(
-    out: Path, config: ModelConfig, vae: PyTree, recipe: Recipe, seed: int, report: Report | None
+    out: Path, config: ModelConfig, vae: PyTree, count: int, chunks: int, *, seed: int, report: Report | None
 ) -> Sequences:
-    """The training set; a stopped run finds it in its folder."""
-    path = out / f"sequences_{recipe.sequences}x{recipe.chunks}.npz"
+    """A training set; a stopped run finds it in its folder."""
+    path = out / f"sequences_{count}x{chunks}.npz"
     if not path.exists():
         tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=config.dit.text_len, vocab_size=config.text.vocab_size)
-        count, chunks = recipe.sequences, recipe.chunks
         say = (lambda done: None) if report is None else (lambda done: report("encode", {"step": done, "steps": count}))
         made = encode_sequences(config, vae, tokenizer, count=count, chunks=chunks, seed=seed, report=say)
         partial = path.with_suffix(".partial.npz")
@@ -163,17 +211,21 @@ def _sequences(
         return Sequences(**{key: stored[key] for key in Sequences._fields})
 
 
-def _origin(recipe: Recipe, seed: int, *, rewards_only: bool = False) -> dict[str, Any]:
-    """How the weights were made, or those of one stage; the commit is None outside a repository."""
+def _origin(recipe: Recipe, seed: int, *, stages: tuple[str, ...] = (), options: str = "") -> dict[str, Any]:
+    """How the weights were made; the commit is None outside a repository.
+
+    Args:
+        stages: the recipe's numbers that matter; none named: all.
+        options: of the command, before the steps.
+    """
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
-    only, stages = ("--only rewards ", "reward_") if rewards_only else ("", "")
     numbers = dataclasses.asdict(recipe).items()
-    steps = ",".join(f"{key}={value}" for key, value in numbers if key.startswith(stages))
+    steps = ",".join(f"{key}={value}" for key, value in numbers if not stages or key in stages)
     return {
         "summary": f"trained on the little world (seed {seed})",
-        "command": f"streamt1 train-mini {only}--steps {steps} --seed {seed}",
+        "command": f"streamt1 train-mini {options}--steps {steps} --seed {seed}",
         "commit": commit.stdout.strip() or None,
         "seed": seed,
         "python": sys.version.split()[0],

@@ -106,6 +106,7 @@ def dit_task(
     def one(params: PyTree, example: Sequences, key: Array) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
         """(loss, weight) of every chunk of one sequence."""
         dit = nnx.merge(dit_graph, params["dit"])
+        dit.unroll = config.dit.num_layers  # its gradient need not gather what every turn of a loop has kept
         text = dit.encode_text(
             encode_prompt(nnx.merge(text_graph, params["text"]), *map(jnp.asarray, (example.tokens, example.mask)))
         )

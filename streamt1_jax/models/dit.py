@@ -163,6 +163,7 @@ class CausalWanDiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
+        self.unroll = 1  # layers in one turn of the loop over them: more take longer to compile
         dim = config.dim
         # A (1,2,2) convolution with that stride is a dense layer on patches.
         self.patch_embedding = linear(config.in_dim * PATCH * PATCH, dim, dtype=dtype, rngs=rngs)
@@ -233,7 +234,7 @@ class CausalWanDiT(nnx.Module):
             return x, kv if keep_kv else None
 
         layers = (tuple(text), None if past is None else tuple(past.kv))
-        return scan_layers(self.blocks, body, tokens, layers, num_layers=num_layers)
+        return scan_layers(self.blocks, body, tokens, layers, num_layers=num_layers, unroll=self.unroll)
 
     def _unpatchify(self, y, shape):
         frames, _, height, width = shape

@@ -44,7 +44,9 @@ def stack_layers(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs)
     return draw(rngs)
 
 
-def scan_layers(layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, *, num_layers: int) -> tuple[Any, Any]:
+def scan_layers(
+    layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, *, num_layers: int, unroll: int = 1
+) -> tuple[Any, Any]:
     """`carry, y = body(layer, carry, x)` for the first `num_layers` of stacked layers, in one compiled loop.
 
     Args:
@@ -53,6 +55,7 @@ def scan_layers(layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, 
         xs: a pytree with a leading layer axis, read only, or None.
         num_layers: how many layers to run; fewer than are stacked leaves the last ones out without a copy
             of the parameters.
+        unroll: how many layers one turn of the loop runs.
 
     Returns:
         The last carry, and every `y` stacked on a leading layer axis.
@@ -61,7 +64,10 @@ def scan_layers(layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, 
     if num_layers == jax.tree.leaves(params)[0].shape[0]:
         # Scanned over as they stand: the gradient of an index would be as large as all layers, for every layer.
         return jax.lax.scan(
-            lambda carry, layer: body(nnx.merge(graphdef, layer[0]), carry, layer[1]), carry, (params, xs)
+            lambda carry, layer: body(nnx.merge(graphdef, layer[0]), carry, layer[1]),
+            carry,
+            (params, xs),
+            unroll=unroll,
         )
 
     def run(carry, index):
@@ -70,7 +76,7 @@ def scan_layers(layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, 
         )
         return body(nnx.merge(graphdef, layer_params), carry, x)
 
-    return jax.lax.scan(run, carry, jnp.arange(num_layers))
+    return jax.lax.scan(run, carry, jnp.arange(num_layers), unroll=unroll)
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
