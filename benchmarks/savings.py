@@ -327,7 +327,8 @@ def no_files(scene: Scene, folder: Path) -> Saving:
                 on_seen(result)
             return result
 
-        args = (scene.search, scene.params, scene.conditioning, scene.state)
+        state = jax.tree.map(jnp.copy, scene.state)  # it is consumed
+        args = (scene.search, scene.params, scene.conditioning, state)
         return staged_step(*args, first=False, around=around)[0]
 
     def difference(on: StreamState, off: StreamState) -> float:

@@ -55,6 +55,7 @@ class Winners(NamedTuple):
     """What `select` keeps, best first; every leaf [B, ...]."""
 
     flat: Int[Array, " B"]  # beam * K + candidate
+    sink_start: Int[Array, "B appended"]  # of the beams before the choice: the appended sinks their candidates saw
     parent: Beam
     candidate: Candidates
     short: Float[Array, " B"]

@@ -1,5 +1,6 @@
 """The stages of a step, each its own compiled program: what measures or compares them runs `stream.step` by these."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,20 @@ watch = jax.jit(stream.watch, static_argnames=("search", "first"))
 judge = jax.jit(stream.judge, static_argnames=("search", "first"))
 select = jax.jit(stream.select, static_argnames="search")
 recall = jax.jit(stream.recall, static_argnames=("search", "first"))
-commit = jax.jit(stream.commit, static_argnames=("search", "first"))
+
+
+def commit(search, params, state, candidates, seen, scores, winners, kv, *, first):
+    """`stream.commit`; the winners' caches are written in place, as in the whole step."""
+    rest = winners._replace(parent=None)
+    return _commit(search, params, state, candidates, seen, scores, winners.parent, rest, kv, first=first)
+
+
+@functools.partial(jax.jit, static_argnames=("search", "first"), donate_argnames="parent")
+def _commit(search, params, state, candidates, seen, scores, parent, winners, kv, *, first):
+    winners = winners._replace(parent=parent)
+    return stream.commit(search, params, state, candidates, seen, scores, winners, kv, first=first)
+
+
 _COMPILED = {
     stream.propose: propose,
     stream.watch: watch,
@@ -37,7 +51,7 @@ def staged_step(
     first: bool,
     around: Callable[[str, Callable[[], Any]], Any],
 ) -> tuple[StreamState, ChunkRecord]:
-    """`stream.step`, a program a stage, and its record on the host. The state handed in is not consumed.
+    """`stream.step`, a program a stage, and its record on the host. The state handed in is consumed.
 
     Args:
         around: `around(name, run)` calls `run` and returns what the following stages are to be given; for every one

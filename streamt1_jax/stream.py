@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from streamt1_jax.cache import commit_chunk, empty_cache, past_of
-from streamt1_jax.config import RunConfig
 from streamt1_jax.generator import Conditioning
 from streamt1_jax.judge import judge, remember_short
 from streamt1_jax.models.dit import KV
@@ -152,7 +151,8 @@ def select(search: Search, state: StreamState, candidates: Candidates, seen: See
         won = jax.tree.map(lambda x: x[beam, number], of_candidate)
         # One beam continues itself: nothing of its cache needs to move.
         parent = state.beams if beams == 1 else jax.tree.map(lambda x: x[beam], state.beams)
-        return along(search.mesh, Winners(kept, parent, *won), BEAMS)
+        fixed = search.config.stream.sink_chunks + search.config.stream.window_chunks
+        return along(search.mesh, Winners(kept, state.beams.cache.start[:, fixed:], parent, *won), BEAMS)
 
 
 def recall(
@@ -216,7 +216,7 @@ def commit(
             usable=scores.usable,
             reward_failed=scores.failed,
             thumbnail=_thumbnails(seen.chunk),
-            sink_start=_appended_starts(state, search.config),
+            sink_start=winners.sink_start,
             kept=winners.flat,
             evicted_start=evicted.start,
             evicted_route=evicted.route,
@@ -224,11 +224,6 @@ def commit(
             frames=to_pixels(frames, "uint8"),
             alpha=scores.alpha,
         )
-
-
-def _appended_starts(state: StreamState, config: RunConfig) -> Int[Array, "B appended"]:
-    fixed = config.stream.sink_chunks + config.stream.window_chunks
-    return state.beams.cache.start[:, fixed:]
 
 
 def _thumbnails(frames: Float[Array, "B K T H W 3"]) -> UInt8[Array, "B K th tw 3"]:

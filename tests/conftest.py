@@ -38,6 +38,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("streamt1", deadline=None, print_blob=True)
 settings.load_profile("streamt1")
 
+# XLA maps several pieces of memory for every program on a CPU; Linux allows a process 65,530, and XLA crashes there.
+MANY_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Forgets the compiled programs of earlier modules when they have become many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+
+
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
