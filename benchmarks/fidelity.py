@@ -2,16 +2,20 @@
 
     python benchmarks/fidelity.py --preset mini --chunks 32 --json FILE
 
+`mini` is the embedded model with its trained weights, its own rewards and a prompt; other presets have random weights,
+random numbers in the place of a prompt's embeddings and the native rewards.
+
 Both are run chunk by chunk. So that they stay comparable after a different pick, the fast one is given the picks and
-the flags of the exact one; what it would have picked itself is recorded. The thresholds of the flags are set so that
-evicted chunks take all three routes.
+the flags of the exact one; what it would have picked itself is recorded. The report counts the routes that evicted
+chunks took; the thresholds of the flags can be set so that they take all three.
 """
 
 import argparse
 import dataclasses
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +26,20 @@ from race import write_report
 from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
 from streamt1_jax.generator import wan_generator
 from streamt1_jax.measure import machine
+from streamt1_jax.mini.rewards import mini_long, mini_short
 from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import gaussian_noise
+from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.pruning import keep_best
-from streamt1_jax.rewards import native_long, native_short
+from streamt1_jax.rewards import Reward, native_long, native_short
+from streamt1_jax.rewards.base import PromptTokens
 from streamt1_jax.sink import Route
 from streamt1_jax.stages import staged_step
 from streamt1_jax.state import ChunkRecord
 from streamt1_jax.stream import Candidates, Scores, Search, init_state
 from streamt1_jax.weights import MiniWeights, random_params
+
+PROMPT = "a red circle moves right and a blue square spins"
 
 
 @dataclass(frozen=True)
@@ -52,18 +61,46 @@ SETTINGS = (
 )
 
 
+class Scene(NamedTuple):
+    """What all runs share."""
+
+    model: ModelConfig
+    params: PyTree
+    embeds: Float[Array, "P text_dim"]
+    tokens: PromptTokens  # of the prompt, for rewards that read it
+    rewards: tuple[Reward, Reward]
+    about: dict[str, Any]  # for the report
+
+
+def embedded_scene(prompt: str) -> Scene:
+    """The embedded model as it is shipped."""
+    pipe = StreamT1Pipeline(MiniWeights(), dtype=jnp.float32)
+    (embeds,) = pipe.encode([prompt])
+    about = {"weights": MiniWeights().describe()["summary"], "prompt": prompt, "rewards": "mini"}
+    rewards = mini_short(), mini_long()
+    return Scene(pipe.config, pipe.params, jnp.asarray(embeds, jnp.float32), pipe.tokens(prompt), rewards, about)
+
+
+def random_scene(model: ModelConfig) -> Scene:
+    """Random weights and no prompt."""
+    params = {name: random_params(network_graph(model, name, jnp.float32)[1], 0) for name in ("dit", "decoder")}
+    embeds = jax.random.normal(jax.random.key(0), (model.dit.text_len, model.dit.text_dim))
+    nothing = jnp.zeros(model.dit.text_len, jnp.int32)
+    about = {"weights": "random weights", "prompt": "random numbers", "rewards": "native"}
+    return Scene(model, params, embeds, PromptTokens(nothing, nothing), (native_short(), native_long()), about)
+
+
 class Run:
     """One search, advanced chunk by chunk."""
 
-    def __init__(
-        self, model: ModelConfig, params: PyTree, embeds: Array, search: SearchConfig, dtype: str, chunks: int
-    ):
-        config = RunConfig(search=search)
+    def __init__(self, scene: Scene, search: SearchConfig, dtype: str, chunks: int):
+        config, model = RunConfig(search=search), scene.model
         generator = wan_generator(model, config.stream, model.height, model.width, jnp.dtype(dtype).type)
         noise = gaussian_noise(generator.chunk_shape, len(config.stream.denoising_steps))
-        self.params = jax.tree.map(lambda x: x.astype(dtype), params)
-        self.search = Search(generator, native_short(), native_long(), noise, config)
-        self.conditioning = jax.jit(generator.prepare)(self.params, embeds, jnp.int32(0))
+        self.params = jax.tree.map(lambda x: x.astype(dtype), scene.params)
+        self.search = Search(generator, *scene.rewards, noise, config)
+        made = jax.jit(generator.prepare)(self.params, scene.embeds, jnp.int32(0))
+        self.conditioning = made._replace(tokens=scene.tokens)
         self.state = init_state(self.search, 0, chunks)
 
     def chunk(self, *, first: bool, picked_by: Scores | None = None) -> tuple[Candidates, Scores, ChunkRecord]:
@@ -145,12 +182,11 @@ def compare(exact: Run, fast: dict[str, Run], chunks: int) -> tuple[dict[str, Fi
     return found, routes
 
 
-def run_fidelity(model: ModelConfig, params: PyTree, search: SearchConfig, chunks: int) -> list[dict[str, Any]]:
+def run_fidelity(scene: Scene, search: SearchConfig, chunks: int) -> list[dict[str, Any]]:
     """One row a setting."""
-    embeds = jax.random.normal(jax.random.key(0), (model.dit.text_len, model.dit.text_dim))
 
     def run(fields: dict[str, Any], dtype: str = "float32") -> Run:
-        return Run(model, params, embeds, dataclasses.replace(search, **fields), dtype, chunks)
+        return Run(scene, dataclasses.replace(search, **fields), dtype, chunks)
 
     rows = []
     for fields in dict.fromkeys(setting.exact for setting in SETTINGS):
@@ -167,7 +203,8 @@ def run_fidelity(model: ModelConfig, params: PyTree, search: SearchConfig, chunk
 def table(report: dict[str, Any]) -> str:
     head = ("picks", "flags", "ranks", "short", "long", "rms last", "worst", "max last", "worst")
     lines = [
-        f"{report['preset']}, {report['weights']}, {report['chunks']} chunks, against float32 exact; "
+        f"{report['preset']}, {report['weights']}, {report['prompt']!r}, {report['rewards']} rewards",
+        f"{report['chunks']} chunks, against float32 exact; "
         f"jax {report['machine']['jax']}, {report['machine']['device']}",
         f"{'':44}" + "".join(f"{name:>10}" for name in head),
     ]
@@ -184,26 +221,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compares each fast setting with the exact form.")
     parser.add_argument("--preset", default="mini", help="1.3b, 14b, mini or tiny (default: mini)")
     parser.add_argument("--chunks", type=int, default=32, help="default: 32")
-    parser.add_argument("--short-threshold", type=float, default=0.0, help="of the flags (default: 0)")
-    parser.add_argument("--long-threshold", type=float, default=0.0, help="of the flags (default: 0)")
+    parser.add_argument("--prompt", default=PROMPT, help=f"of the embedded model (default: {PROMPT})")
+    default = SearchConfig()
+    add = functools.partial(parser.add_argument, type=float, help="of the flags (default: %(default)s)")
+    add("--short-threshold", default=default.short_threshold)
+    add("--long-threshold", default=default.long_threshold)
     parser.add_argument("--json", metavar="FILE", help="write the report here too")
     args = parser.parse_args()
 
     jax.config.update("jax_default_matmul_precision", "highest")  # or a GPU would round the exact form to TF32
-    model = ModelConfig.preset(args.preset)
-    if args.preset == "mini":
-        weights, params = MiniWeights().describe()["summary"], MiniWeights().generator_params(jnp.float32)
-    else:
-        weights = "random weights"
-        params = {name: random_params(network_graph(model, name, jnp.float32)[1], 0) for name in ("dit", "decoder")}
+    scene = embedded_scene(args.prompt) if args.preset == "mini" else random_scene(ModelConfig.preset(args.preset))
     search = SearchConfig(short_threshold=args.short_threshold, long_threshold=args.long_threshold)
     report = {
         "machine": machine(),
         "preset": args.preset,
-        "weights": weights,
+        **scene.about,
         "chunks": args.chunks,
         "search": dataclasses.asdict(search),
-        "settings": run_fidelity(model, params, search, args.chunks),
+        "settings": run_fidelity(scene, search, args.chunks),
     }
     print(table(report))
     write_report(args.json, report)

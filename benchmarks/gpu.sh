@@ -14,6 +14,8 @@
 #   long1 long4 chunk 39 over chunk 9, plain and 2x2, where every chunk is appended to the sinks until they are full
 #   savings     each exact saving on and off
 #   fidelity    what every fast setting costs against float32, 32 chunks of the embedded model
+#   endless     200 chunks of the tiny model: time of a chunk and memory must not grow
+#   rewards     both published reward models on random weights, and a chunk of 2x2 candidates with them; needs torch
 #
 # A step ends within LIMIT seconds (580), so any of them fits a call of ten minutes. Its JSON is rewritten after every
 # round of runs: a step that runs out of time leaves the rounds that it has done.
@@ -27,8 +29,8 @@ cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 PRESET=${PRESET:-1.3b}
-SMALL=${SMALL:-}                # SMALL=--small PRESET=tiny FIDELITY=tiny: only to see that it runs
-FIDELITY=${FIDELITY:-mini}
+FIDELITY=${FIDELITY:-mini}      # PRESET=tiny FIDELITY=tiny REWARDS=tiny: only to see that it runs
+REWARDS=${REWARDS:-full}
 LIMIT=${LIMIT:-580}             # seconds a step
 export PYTHONPATH=.
 export PYTHONUNBUFFERED=1
@@ -37,7 +39,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/streamt1-xla}
 # The whole device: nothing else runs on it, and the largest race wants it.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 mkdir -p "$OUT"
-ALL=(setup matmul attention conv layers plain bench1 bench4 bench8 hd long1 long4 savings fidelity)
+ALL=(setup matmul attention conv layers plain bench1 bench4 bench8 hd long1 long4 savings fidelity endless rewards)
 PLAIN=(--candidates 1 --set search.noise_propagation=false --set search.sinking=false) # configs/longlive.py
 # The native rewards of random weights append nothing at the usual thresholds, so a window would never grow.
 APPEND=(--set search.short_threshold=-1000 --set search.long_threshold=-1000)
@@ -55,7 +57,7 @@ run() { # run NAME COMMAND...: one step, its output kept beside its JSON
     if [ "$code" -ne 0 ]; then failed+=("$step ($code)"); fi
 }
 
-micro() { run "$1" "$PYTHON" benchmarks/micro.py "$1" $SMALL --json "$OUT/$NAME-$1.json"; }
+micro() { run "$1" "$PYTHON" benchmarks/micro.py "$1" --preset "$PRESET" --json "$OUT/$NAME-$1.json"; }
 
 bench() { # bench NAME OPTION...
     local step=$1
@@ -68,15 +70,15 @@ step() {
     case $1 in
     setup)
         "$PYTHON" -c 'import einops, flax, jaxtyping, safetensors' || "$PYTHON" -m pip install flax einops jaxtyping safetensors
-        "$PYTHON" -c 'import sys, jax; print(sys.version, jax.__version__, jax.devices())'
-        nvidia-smi
+        run setup "$PYTHON" -c 'import sys, jax; print(sys.version, jax.__version__, jax.devices())'
+        run device nvidia-smi
         ;;
     attention | layers | matmul) micro "$1" ;;
     conv)
         micro conv
         # A flag that this XLA does not know aborts the process, so it is tried in one of its own.
         run conv-nhwc env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_force_conv_nhwc=true" \
-            "$PYTHON" benchmarks/micro.py conv $SMALL --json "$OUT/$NAME-conv-nhwc.json"
+            "$PYTHON" benchmarks/micro.py conv --preset "$PRESET" --json "$OUT/$NAME-conv-nhwc.json"
         ;;
     plain) bench plain "${PLAIN[@]}" --profile "$OUT/$NAME-profile" ;;
     bench1) bench bench1 --candidates 1 ;;
@@ -87,6 +89,8 @@ step() {
     long4) bench long4 --candidates 4 --chunks 40 "${APPEND[@]}" ;;
     savings) run savings "$PYTHON" benchmarks/savings.py --preset "$PRESET" --rounds 5 --json "$OUT/$NAME-savings.json" ;;
     fidelity) run fidelity "$PYTHON" benchmarks/fidelity.py --preset "$FIDELITY" --chunks 32 --json "$OUT/$NAME-fidelity.json" ;;
+    endless) run endless "$PYTHON" benchmarks/endless.py --chunks 200 --json "$OUT/$NAME-endless.json" ;;
+    rewards) run rewards "$PYTHON" benchmarks/rewards.py --size "$REWARDS" --beside "$PRESET" --json "$OUT/$NAME-rewards.json" ;;
     *)
         echo "unknown step $1, expected: ${ALL[*]}" >&2
         exit 2

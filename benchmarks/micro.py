@@ -1,9 +1,9 @@
 """Races between the forms of what a chunk is made of: attention, convolutions, the loop over layers, matrix products.
 
-    python benchmarks/micro.py attention|conv|layers|matmul|all [--small] [--rounds 5] [--json FILE]
+    python benchmarks/micro.py attention|conv|layers|matmul|all [--preset 1.3b] [--rounds 5] [--json FILE]
 
-Sizes are those of Wan2.1 1.3B at 832x480 with a window of 12 latent frames; `--small` is to see that it runs. Every
-form is compared with the first one of its race before it is timed. A form that cannot run here is listed as such.
+Sizes are those of a preset at its own picture size with a window of 12 latent frames. Every form is compared with the
+first one of its race before it is timed. A form that cannot run here is listed as such.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 from race import race, relative_rms, spread, write_report
 
 from streamt1_jax import flops
 from streamt1_jax.config import ModelConfig, StreamConfig
-from streamt1_jax.generator import wan_generator
+from streamt1_jax.generator import Generator, wan_generator
 from streamt1_jax.measure import machine, matmul_peak
 from streamt1_jax.models.attention import _plain_attention, batched_attention
 from streamt1_jax.models.conv import conv2d
@@ -30,6 +30,51 @@ from streamt1_jax.networks import network_graph
 from streamt1_jax.weights import default_dtype, random_params
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative RMS
+# The 3x3x3 convolutions of the VAE decoder, for one latent frame: frames, height, width, channels in and out.
+WAN = (
+    (1, 60, 104, 384, 384),
+    (2, 120, 208, 384, 384),
+    (4, 240, 416, 192, 192),
+    (4, 480, 832, 96, 96),
+    (4, 480, 832, 96, 3),
+)
+CONVOLUTIONS = {
+    "1.3b": WAN,
+    "14b": WAN,
+    "mini": (
+        (1, 10, 16, 64, 64),
+        (2, 20, 32, 32, 32),
+        (4, 40, 64, 16, 16),
+        (4, 80, 128, 8, 8),
+        (4, 80, 128, 8, 3),
+        # Of no preset: where the forms chosen on a CPU change places.
+        (4, 40, 64, 32, 32),
+        (4, 60, 104, 192, 192),
+        (4, 120, 208, 96, 96),
+    ),
+    "tiny": ((2, 12, 20, 24, 8),),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the races are about."""
+
+    preset: str
+    dtype: Any
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig.preset(self.preset)
+
+    @property
+    def generator(self) -> Generator:
+        return wan_generator(self.model, StreamConfig(), self.model.height, self.model.width, self.dtype)
+
+    @property
+    def window(self) -> int:
+        """Chunks that a chunk attends to, itself not counted when it is made after them."""
+        return StreamConfig().sink_chunks + StreamConfig().window_chunks
 
 
 @dataclass(frozen=True)
@@ -46,12 +91,13 @@ def normal(seed: int, shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def attention_races(*, small: bool, dtype: Any) -> Iterator[Race]:
+def attention_races(sizes: Sizes) -> Iterator[Race]:
     """A chunk's queries on the keys of a full window; and on a cache that is only half valid."""
-    queries, keys, heads, dim = (72, 288, 2, 16) if small else (4680, 18720, 12, 128)
+    _, queries, heads, dim = sizes.generator.kv.shape
+    keys = queries * (sizes.window + 1)
     for batch in (1, 4):
         for room in (keys, 2 * keys):  # room for sinks that are not there yet
-            q, k, v = (normal(i, (batch, n, heads, dim), dtype) for i, n in enumerate((queries, room, room)))
+            q, k, v = (normal(i, (batch, n, heads, dim), sizes.dtype) for i, n in enumerate((queries, room, room)))
             lengths = jnp.full((batch,), keys, jnp.int32)
             forms = {
                 "plain, by blocks": jax.jit(jax.vmap(_plain_attention)),
@@ -85,59 +131,40 @@ def conv3d(padded: Array, kernel: Array, *, layout: str) -> Array:
     return y[0] if layout == "NDHWC" else rearrange(y, "1 o t h w -> t h w o")
 
 
-def conv_races(*, small: bool, dtype: Any) -> Iterator[Race]:
-    """The 3x3x3 convolutions of the VAE decoder, for one latent frame: frames, height, width, channels in and out."""
+def conv_races(sizes: Sizes) -> Iterator[Race]:
+    """The convolutions of the VAE decoder."""
     forms = {
         "three summed": summed,
         "frames joined": joined,
         "3-d, NDHWC": functools.partial(conv3d, layout="NDHWC"),
         "3-d, NCDHW": functools.partial(conv3d, layout="NCDHW"),
     }
-    sizes = [
-        (1, 60, 104, 384, 384),
-        (2, 120, 208, 384, 384),
-        (4, 240, 416, 192, 192),
-        (4, 480, 832, 96, 96),
-        (4, 480, 832, 96, 3),
-    ]
-    for frames, height, width, din, dout in [(2, 12, 20, 24, 8)] if small else sizes:
+    for frames, height, width, din, dout in CONVOLUTIONS[sizes.preset]:
         for batch in (1, 4):
-            padded = normal(0, (batch, frames + 2, height, width, din), dtype)
-            kernel = normal(1, (3, 3, 3, din, dout), dtype) * (27 * din) ** -0.5
+            padded = normal(0, (batch, frames + 2, height, width, din), sizes.dtype)
+            kernel = normal(1, (3, 3, 3, din, dout), sizes.dtype) * (27 * din) ** -0.5
             batched = {name: jax.jit(jax.vmap(form, in_axes=(0, None))) for name, form in forms.items()}
             name = f"batch {batch}, {frames} frames of {height}x{width}, {din} to {dout} channels"
             yield Race(name, batched, (padded, kernel), 2 * 27 * batch * frames * height * width * din * dout)
 
 
-def layer_races(*, small: bool, dtype: Any) -> Iterator[Race]:
-    """A DiT forward as it is, and with its loop over the layers as a scan over their parameters, unrolled or not."""
-    model, stream = ModelConfig.tiny() if small else ModelConfig.wan_1_3b(), StreamConfig()
-    generator = wan_generator(model, stream, model.height, model.width, dtype)
+def layer_races(sizes: Sizes) -> Iterator[Race]:
+    """A DiT forward with its loop over the layers as it is, and unrolled."""
+    model, generator, dtype = sizes.model, sizes.generator, sizes.dtype
     graphdef, abstract = network_graph(model, "dit", dtype)
     params = random_params(abstract, 0)
     layers, tokens, heads, dim = generator.kv.shape
-    seen = tokens * (stream.sink_chunks + stream.window_chunks)
+    seen = tokens * sizes.window
     embeds = normal(0, (model.dit.text_len, model.dit.text_dim), jnp.float32)
     conditioning = jax.jit(generator.prepare)({"dit": params}, embeds, jnp.int32(0))
     past = Past(KV(*(normal(i, (layers, seen, heads, dim), dtype) for i in (1, 2))), jnp.int32(seen))
 
-    def as_it_is(params, x, past):
-        return nnx.merge(graphdef, params)(x, conditioning.context, conditioning.text, past, jnp.int32(9))
+    def forward(params: PyTree, x: Array, past: Past, *, unroll: int) -> Array:
+        dit = nnx.merge(graphdef, params)
+        dit.unroll = unroll
+        return dit(x, conditioning.context, conditioning.text, past, jnp.int32(9))
 
-    def scanned(params, x, past, *, unroll: int):
-        dit, time = nnx.merge(graphdef, params), conditioning.context
-        start, angles = dit._tokens(x, jnp.int32(9))
-        block_graph, blocks = nnx.split(dit.blocks)
-
-        def body(x, layer):
-            block, cross, old = layer
-            return nnx.merge(block_graph, block)(x, time, angles, cross, old, past.length)[0], None
-
-        end, _ = jax.lax.scan(body, start, (blocks, tuple(conditioning.text), tuple(past.kv)), unroll=unroll)
-        return dit._unpatchify(dit.head(end, time), x.shape)
-
-    forms = {"indexed, as it is": as_it_is}
-    forms |= {f"scanned, unroll {n}": functools.partial(scanned, unroll=n) for n in sorted({1, 3, layers})}
+    forms = {f"{n} layers a turn": functools.partial(forward, unroll=n) for n in sorted({1, 3, layers})}
     for batch in (1, 4):
         batched = {name: jax.jit(jax.vmap(form, in_axes=(None, 0, None))) for name, form in forms.items()}
         work = batch * flops.dit_forward(model.dit, tokens, seen)
@@ -145,14 +172,14 @@ def layer_races(*, small: bool, dtype: Any) -> Iterator[Race]:
         yield Race(name, batched, (params, normal(3, (batch, *generator.chunk_shape), jnp.float32), past), work)
 
 
-def matmul_races(*, small: bool, dtype: Any) -> Iterator[Race]:
-    """The DiT's largest products, at one and at four candidates, and square ones."""
-    shapes = [(96, 32, 64), (128, 128, 128)]
-    if not small:
-        shapes = [(4680, 1536, 8960), (18720, 1536, 8960), (18720, 8960, 1536), (18720, 1536, 1536)]
+def matmul_races(sizes: Sizes) -> Iterator[Race]:
+    """The DiT's largest products, at one and at four candidates; for large presets square ones too."""
+    dim, hidden, tokens = sizes.model.dit.dim, sizes.model.dit.ffn_dim, sizes.generator.kv.shape[1]
+    shapes = [(tokens, dim, hidden), (4 * tokens, dim, hidden), (4 * tokens, hidden, dim), (4 * tokens, dim, dim)]
+    if sizes.preset not in ("mini", "tiny"):
         shapes += [(n, n, n) for n in (4096, 8192, 16384)]
     for rows, inner, columns in shapes:
-        args = normal(0, (rows, inner), dtype), normal(1, (inner, columns), dtype)
+        args = normal(0, (rows, inner), sizes.dtype), normal(1, (inner, columns), sizes.dtype)
         yield Race(f"{rows} x {inner} x {columns}", {"product": jax.jit(jnp.matmul)}, args, 2 * rows * inner * columns)
 
 
@@ -202,7 +229,7 @@ def show(result: dict[str, Any], peak: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Races the forms of what a chunk is made of.")
     parser.add_argument("which", choices=[*RACES, "all"])
-    parser.add_argument("--small", action="store_true", help="small sizes: only to see that it runs")
+    parser.add_argument("--preset", choices=sorted(CONVOLUTIONS), default="1.3b", help="default: 1.3b")
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), help="default: bfloat16 on an accelerator, else float32")
     parser.add_argument("--rounds", type=int, default=5, help="times that each form is measured (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="write the report here too")
@@ -210,14 +237,14 @@ def main() -> None:
 
     dtype = jnp.dtype(args.dtype or default_dtype())
     peak = matmul_peak(dtype.type)
-    report: dict[str, Any] = {"machine": machine(), "dtype": dtype.name, "small": args.small}
+    report: dict[str, Any] = {"machine": machine(), "dtype": dtype.name, "preset": args.preset}
     report["matmul_peak_flop_per_second"] = peak
     print(
         f"{report['machine']['device']}, jax {report['machine']['jax']}, {dtype.name}, peak {peak / 1e12:.3g} TFLOP/s"
     )
     for which in RACES if args.which == "all" else (args.which,):
         report[which] = []
-        for contest in RACES[which](small=args.small, dtype=dtype.type):
+        for contest in RACES[which](Sizes(args.preset, dtype.type)):
             report[which].append(run_race(contest, args.rounds, TOLERANCE[dtype.name]))
             show(report[which][-1], peak)
             write_report(args.json, report)  # after each: a later one may run out of memory or of time

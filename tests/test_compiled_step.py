@@ -42,16 +42,21 @@ def test_the_state_is_written_over_the_one_before(compiled):
     assert shared >= large, f"{shared} bytes are shared, caches, decoders and windows have {large}"
 
 
-def test_plain_streaming_moves_nothing_of_its_cache(compiled):
-    """A chunk is written into its slot and the rest of the cache stays where it is."""
+def test_a_cache_is_moved_only_where_beams_change_places(compiled):
+    """A chunk is written into its slot and the rest of the cache stays where it is.
+
+    With several beams each takes over its parent's cache: a gather of keys and one of values. XLA copies each once
+    more before it is written into, because the context pass reads it too. Nothing else is moved.
+    """
     (search, _, _, state), step = compiled
-    if search.config.search.sinking:
-        pytest.skip("with several beams each takes over its parent's cache, and a sink is read while it is written")
     shape = "f32[" + ",".join(map(str, state.beams.cache.k.shape)) + "]"
     text = step.as_text()
     assert shape in text, "the cache is not in the program under its shape: nothing is tested"
-    copies = re.findall(rf"= {re.escape(shape)}\S* (?:copy|copy-start|gather)\(", text)
-    assert not copies, f"{len(copies)} copies of {math.prod(state.beams.cache.k.shape)} numbers"
+    copies = re.findall(rf"= {re.escape(shape)}\S* copy(?:-start)?\(", text)
+    gathers = re.findall(rf"= {re.escape(shape)}\S* [\w-]+\([^\n]*/select/gather", text)
+    size = math.prod(state.beams.cache.k.shape)
+    moved = 0 if search.config.search.beams == 1 else 2  # keys, values
+    assert max(len(copies), len(gathers)) <= moved, f"{len(copies)} copies, {len(gathers)} gathers of {size} numbers"
 
 
 def test_the_state_handed_in_is_gone():
