@@ -16,20 +16,31 @@ NAMES = ("propose", "watch", "judge", "select", "recall", "commit", "host")
 propose = jax.jit(stream.propose, static_argnames=("search", "first"))
 watch = jax.jit(stream.watch, static_argnames=("search", "first"))
 judge = jax.jit(stream.judge, static_argnames=("search", "first"))
-select = jax.jit(stream.select, static_argnames="search")
 recall = jax.jit(stream.recall, static_argnames=("search", "first"))
 
 
+def select(search, state, candidates, seen, scores):
+    """`stream.select`; a beam that is its own parent is handed on as it is, where a program would make a copy."""
+    winners = _select(search, state, candidates, seen, scores)
+    return winners if winners.parent is not None else winners._replace(parent=state.beams)
+
+
+@functools.partial(jax.jit, static_argnames="search")
+def _select(search, state, candidates, seen, scores):
+    winners = stream.select(search, state, candidates, seen, scores)
+    return winners._replace(parent=None) if search.config.search.grid[0] == 1 else winners
+
+
 def commit(search, params, state, candidates, seen, scores, winners, kv, *, first):
-    """`stream.commit`; the winners' caches are written in place, as in the whole step."""
-    rest = winners._replace(parent=None)
-    return _commit(search, params, state, candidates, seen, scores, winners.parent, rest, kv, first=first)
+    """`stream.commit`, which writes over what the next beams take from the winners, as the whole step does."""
+    large = {name: getattr(winners, name) for name in ("parent", "window", "decoder")}
+    rest = winners._replace(**dict.fromkeys(large))
+    return _commit(search, params, state, candidates, seen, scores, large, rest, kv, first=first)
 
 
-@functools.partial(jax.jit, static_argnames=("search", "first"), donate_argnames="parent")
-def _commit(search, params, state, candidates, seen, scores, parent, winners, kv, *, first):
-    winners = winners._replace(parent=parent)
-    return stream.commit(search, params, state, candidates, seen, scores, winners, kv, first=first)
+@functools.partial(jax.jit, static_argnames=("search", "first"), donate_argnames="large")
+def _commit(search, params, state, candidates, seen, scores, large, rest, kv, *, first):
+    return stream.commit(search, params, state, candidates, seen, scores, rest._replace(**large), kv, first=first)
 
 
 _COMPILED = {

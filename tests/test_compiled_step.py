@@ -55,7 +55,7 @@ def test_a_cache_is_moved_only_where_beams_change_places(compiled):
     copies = re.findall(rf"= {re.escape(shape)}\S* copy(?:-start)?\(", text)
     gathers = re.findall(rf"= {re.escape(shape)}\S* [\w-]+\([^\n]*/select/gather", text)
     size = math.prod(state.beams.cache.k.shape)
-    moved = 0 if search.config.search.beams == 1 else 2  # keys, values
+    moved = 0 if search.config.search.grid[0] == 1 else 2  # keys, values
     assert max(len(copies), len(gathers)) <= moved, f"{len(copies)} copies, {len(gathers)} gathers of {size} numbers"
 
 
