@@ -23,7 +23,7 @@ PROMPTS = ("a red circle moves right", "a blue square spins")
 class TinyWeights:
     """Random numbers for the sizes of `ModelConfig.tiny`, with the embedded model's tokenizer."""
 
-    config, tokenizer = ModelConfig.tiny(), MiniWeights.tokenizer
+    config, tokenizer, default_rewards = ModelConfig.tiny(), MiniWeights.tokenizer, "native"
 
     def generator_params(self, dtype):
         return {name: random_params(network_graph(self.config, name, dtype)[1], 0) for name in ("dit", "decoder")}

@@ -42,8 +42,8 @@ def get_config() -> ConfigDict:
     # Who judges: built-in names, the published models, or your own as package.module:Name. The paper's search is
     # "hpsv3" and "videoreward" with rewards.dir, a folder of `streamt1 convert rewards`.
     config.rewards = ConfigDict()
-    config.rewards.short = "native"
-    config.rewards.long = "native"
+    config.rewards.short = "default"  # "mini" for the embedded model, "native" for others
+    config.rewards.long = "default"
     config.rewards.precision = "stored"  # of published models in memory: or bfloat16, float32, int8
     config.rewards.batch_gb = 4.0  # bound on the memory of one batch of clips
     return config

@@ -144,7 +144,8 @@ def _add_generate(commands: Any) -> None:
     add(
         "--rewards",
         metavar="DIR|SHORT[,LONG]",
-        help="a folder of converted rewards (HPSv3 and VideoReward), or the two rewards by name (default: native)",
+        help="a folder of converted rewards (HPSv3 and VideoReward), or the two rewards by name "
+        "(default: mini for the embedded model, native for others)",
     )
     add("--reward-device", metavar="DEVICE", help="of torch rewards: cuda:1, cuda:0, cpu (default: the first GPU)")
     add("--strict", action="store_true", help="refuse a prompt that is too long instead of cutting it")
@@ -205,7 +206,7 @@ def _run_generate(args: argparse.Namespace) -> int:
         pipe.encode(prompts, strict=settings.generate.strict)  # the text encoder is loaded once
         rewards = (settings.rewards.short, settings.rewards.long)
         if settings.rewards.dir is not None or settings.rewards.device is not None:
-            rewards = make_rewards(settings.rewards, pipe.prompts, published)
+            rewards = make_rewards(settings.rewards, pipe.prompts, published, default=pipe.weights.default_rewards)
         for number, job in enumerate(jobs, start=1):
             if job in missing:
                 label = f"{number}/{len(jobs)}" if args.prompts_file else job.paths.video.name

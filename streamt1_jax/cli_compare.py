@@ -36,7 +36,7 @@ def add_compare(commands: Any) -> None:
     what.add_argument("--prompts-file", metavar="FILE", help="one prompt per line instead")
     add("--budget", default="4", metavar="N,...", help="candidates a chunk: 2 is 1x2, 4 is 2x2, 8 is 2x4 (default: 4)")
     add("--checkpoint", default="mini", metavar="DIR", help="a checkpoint (default: mini, the embedded model)")
-    add("--rewards", metavar="DIR|SHORT[,LONG]", help="as in generate (default: native)")
+    add("--rewards", metavar="DIR|SHORT[,LONG]", help="as in generate")
     add("--reward-device", metavar="DEVICE", help="as in generate")
     add("--out", default="comparison", metavar="DIR", help="folder of the results (default: comparison)")
     add("--resume", action="store_true", help="go on with what the folder holds")
@@ -82,7 +82,7 @@ def _run_compare(args: argparse.Namespace) -> int:
             pipe,
             plan,
             folder,
-            rewards=make_rewards(settings.rewards, pipe.prompts, published),
+            rewards=make_rewards(settings.rewards, pipe.prompts, published, default=pipe.weights.default_rewards),
             checker=mini_checker(pipe),
             resume=args.resume,
             on_result=on_result,

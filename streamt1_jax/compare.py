@@ -30,7 +30,7 @@ from streamt1_jax.mini.world import HEIGHT, WIDTH, Scene, parse_caption
 from streamt1_jax.outputs import make_folder
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.result import Output
-from streamt1_jax.rewards import Reward, resolve
+from streamt1_jax.rewards import Reward
 from streamt1_jax.settings import GenerateConfig
 from streamt1_jax.stream import score_video
 from streamt1_jax.video import write_mp4
@@ -64,7 +64,7 @@ def compare(
     plan: Plan,
     folder: str | Path,
     *,
-    rewards: tuple[str | Reward, str | Reward] = ("native", "native"),
+    rewards: tuple[str | Reward, str | Reward] = ("default", "default"),
     checker: Checker | None = None,
     resume: bool = False,
     on_result: Callable[[Result], None] | None = None,
@@ -131,8 +131,8 @@ def _make_rewards(pipe: StreamT1Pipeline, rewards: tuple[str | Reward, str | Rew
     """Made once for all methods: a reward may be a big model, and programs are kept by it."""
     short, long = rewards
     return (
-        short if isinstance(short, Reward) else resolve(short, "short", pipe.prompts),
-        long if isinstance(long, Reward) else resolve(long, "long", pipe.prompts),
+        short if isinstance(short, Reward) else pipe.reward(short, "short"),
+        long if isinstance(long, Reward) else pipe.reward(long, "long"),
     )
 
 

@@ -22,6 +22,7 @@ from streamt1_jax.networks import network_graph
 from streamt1_jax.noise import NoiseSource, noise_function, noise_key
 from streamt1_jax.result import ChunkResult, Output, beam_frames, beam_latents, digests
 from streamt1_jax.rewards import PromptTable, PromptTokens, Reward, resolve
+from streamt1_jax.rewards.registry import Role
 from streamt1_jax.run_info import environment, normal
 from streamt1_jax.run_store import RunStore, Saved
 from streamt1_jax.segments import first_frame, plan_switches
@@ -123,6 +124,10 @@ class StreamT1Pipeline:
         """The prompt for rewards that read it: `Conditioning.tokens`."""
         tokens = self.tokenizer(prompt)
         return PromptTokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
+
+    def reward(self, spec: str, role: Role) -> Reward:
+        """The reward of a name, by `rewards.resolve`; "default" is what these weights come with."""
+        return resolve(spec, role, self.prompts, default=self.weights.default_rewards)
 
     def prompt_for(self, reward: Reward, prompt: str) -> Any:
         """The prompt in the form that `reward.call` takes."""
@@ -233,7 +238,7 @@ class StreamT1Pipeline:
         width: int | None = None,
         config: RunConfig | None = None,
         search: SearchConfig | None = None,
-        rewards: tuple[str | Reward, str | Reward] = ("native", "native"),
+        rewards: tuple[str | Reward, str | Reward] = ("default", "default"),
         noise: NoiseSource = None,
         strict: bool = False,
         switches: Mapping[float, str] | Sequence[tuple[float, str]] = (),
@@ -269,7 +274,7 @@ class StreamT1Pipeline:
                 self._generators[size] = wan_generator(self.config, config.stream, height, width, self.dtype)
             generator = self._generators[size]
             short, long = (
-                self._check_reads(reward if isinstance(reward, Reward) else resolve(reward, role, self.prompts))
+                self._check_reads(reward if isinstance(reward, Reward) else self.reward(reward, role))
                 for reward, role in zip(rewards, ("short", "long"), strict=True)
             )
             mesh = candidate_mesh(config.search, self.devices) if self.devices > 1 else None

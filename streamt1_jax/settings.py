@@ -52,8 +52,8 @@ class GenerateConfig:
 class RewardsConfig:
     """Who judges: names that `streamt1_jax.rewards.resolve` knows."""
 
-    short: str = "native"  # of a chunk's frames
-    long: str = "native"  # of the window's
+    short: str = "default"  # of a chunk's frames: "mini" for the embedded model, "native" for others
+    long: str = "default"  # of the window's
     dir: str | None = None  # converted weights of hpsv3 and videoreward, or a folder of train-mini
     device: str | None = None  # of torch rewards: cpu, cuda:1; None: the first GPU that torch sees, or the CPU
     precision: str = "stored"  # of hpsv3 and videoreward in memory: stored, bfloat16, float32, int8

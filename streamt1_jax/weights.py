@@ -25,6 +25,7 @@ class Weights(Protocol):
 
     config: ModelConfig
     tokenizer: Path
+    default_rewards: str  # the built-in name that judges where none is asked for
 
     def generator_params(self, dtype: Any) -> PyTree:
         """`{"dit", "decoder"}`, what `wan_generator` takes."""
@@ -64,6 +65,7 @@ class MiniWeights:
 
     config = ModelConfig.mini()
     tokenizer = Path(__file__).parent / "mini" / "tokenizer"
+    default_rewards = "mini"
 
     def __init__(self, folder: str | Path = shipped.FOLDER):
         self.folder = Path(folder)
@@ -90,6 +92,8 @@ class MiniWeights:
 
 class CheckpointWeights:
     """A folder that `streamt1 convert` wrote; every file is verified before its parameters are read."""
+
+    default_rewards = "native"
 
     def __init__(self, folder: str | Path):
         self.checkpoint = open_checkpoint(folder)

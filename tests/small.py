@@ -26,6 +26,7 @@ class SmallWeights:
     """A small model as a source of parameters, with the embedded model's tokenizer."""
 
     tokenizer = MiniWeights.tokenizer
+    default_rewards = "native"
 
     def __init__(self, config: ModelConfig = SMALL, seed: int = 0):
         self.config, self.seed = config, seed

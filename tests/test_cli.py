@@ -351,7 +351,7 @@ def test_a_finished_run_is_not_made_again(capsys, tmp_path, finished, pipeline):
         ("--switch 1.4s=x --frames 33", "switches.2 is 'x', saved was None"),
         ("--set search.beams=3", "search.beams is 3, saved was 2"),
         ("--height 96", "size.height is 96, saved was 80"),
-        ("--set rewards.short=mine:Reward", "rewards.short is 'mine:Reward', saved was 'native'"),
+        ("--set rewards.short=mine:Reward", "rewards.short is 'mine:Reward', saved was 'default'"),
     ],
 )
 def test_row_23_the_results_of_another_run_are_not_taken_for_this_one(

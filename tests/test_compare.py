@@ -48,6 +48,8 @@ REWARDS = tuple(Reward(name, _brightness, "uint8", "jax") for name in ("bright",
 
 
 class FakeWeights:
+    default_rewards = "native"
+
     def describe(self) -> dict[str, Any]:
         return {"name": "fake"}
 

@@ -144,7 +144,7 @@ def test_the_defaults_are_the_released_ones():
     settings = load_settings()
     assert settings.run.search.grid == (2, 2)
     assert (settings.generate.seed, settings.generate.num_frames(settings.run.stream)) == (42, 81)
-    assert (settings.rewards.short, settings.rewards.long) == ("native", "native")
+    assert (settings.rewards.short, settings.rewards.long) == ("default", "default")
 
 
 def test_overrides_come_after_the_file_and_the_last_one_wins(tmp_path):

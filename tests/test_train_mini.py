@@ -12,7 +12,7 @@ from streamt1_jax.errors import BadInputError, WeightsError
 from streamt1_jax.measure import compilation_cache
 from streamt1_jax.mini import shipped, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
-from streamt1_jax.mini.train import Recipe
+from streamt1_jax.mini.train import Recipe, continue_dit
 from streamt1_jax.mini.train_dit import coupled_noise, dit_task
 from streamt1_jax.mini.train_vae import standardise, vae_task
 from streamt1_jax.mini.training import Task, fit, init_train_state, make_train_step
@@ -207,3 +207,35 @@ def test_saved_weights_come_back_and_are_verified(tmp_path, vae):
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(WeightsError, match="sha256"):
         shipped.load_mini(tmp_path, "vae", abstract)
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
+    monkeypatch.setattr(ModelConfig, "mini", classmethod(lambda cls: SMALL))
+    abstract = {name: network_graph(SMALL, name, jnp.float32)[1] for name in ("dit", "text")}
+    old = {name: random_params(network, seed=1) for name, network in abstract.items()}
+    start, out = tmp_path / "start", tmp_path / "out"
+    shipped.save_mini(start, {"vae": vae, **old}, {"summary": "a test", "continued": [{"seed": 5}]})
+    recipe = Recipe(
+        first_chunks=2, sequences=2, chunks=2, dit_first=2, dit_first_batch=2, dit=2, dit_batch=2, vae=9, reward_long=9
+    )
+    continue_dit(out, start, recipe, seed=3)
+
+    before, after = shipped.read_manifest(start), shipped.read_manifest(out)
+    first, record = after["origin"]["continued"]
+    assert (after["origin"]["summary"], first) == ("a test", {"seed": 5})
+    assert record["start_sha256"] == before["sha256"]
+    numbers = "first_chunks=2,sequences=2,dit_first=2,dit_first_batch=2,dit=2,dit_batch=2,chunks=2"
+    assert record["command"] == f"streamt1 train-mini --start DIR --steps {numbers} --seed 3"
+    for name in ("dit", "text"):
+        new = shipped.load_mini(out, name, abstract[name])
+        changes = [float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (new, old[name])), strict=True)]
+        assert max(changes) > 1e-3, f"{name} was not trained"
+    kept = (shipped.load_mini(folder, "vae", network_graph(SMALL, "vae", jnp.float32)[1]) for folder in (start, out))
+    for ours, theirs in zip(*map(jax.tree.leaves, kept), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+    continue_dit(out, start, recipe, seed=3, resume=True)
+    assert shipped.read_manifest(out)["sha256"] == after["sha256"]
+    with pytest.raises(BadInputError, match="another folder"):
+        continue_dit(start, start, recipe)

@@ -61,15 +61,16 @@ def causal_conv3d(past: Past, x: Float[Array, "t h w i"], kernel: Float[Array, "
     """The 3x3x3 convolution of `x`, preceded in time by the two frames of `past`, as 2-d convolutions.
 
     A backend that prefers another form (one 3-d convolution, say) can choose it here and nowhere else.
-    Least of several runs on two shared CPU cores in float32, ms, for [t, h, w, i] -> o:
+    Medians on two CPU cores in float32, ms (`benchmarks/micro.py conv --preset mini`,
+    `benchmarks/results/cpu-2core-mini-conv.json`):
 
         input -> o                three summed   frames joined   3-d convolution
-        [4, 120, 208, 96] -> 96        155            250              387
-        [4,  60, 104, 192] -> 192      130            180              246
-        [4,  40,  64, 32] -> 32        2.5            2.8             10.0
-        [4,  80, 128, 16] -> 16        5.4            3.4             18.7
-        [4,  80, 128, 16] -> 3         6.8            1.9             19.4
-        [4,  64,  96,  8] -> 8         2.4            0.6             12.0
+        [4, 120, 208, 96] -> 96        177            310              394
+        [4,  60, 104, 192] -> 192      146            199              258
+        [4,  40,  64, 32] -> 32        2.6            2.5             10.3
+        [4,  40,  64, 16] -> 16        0.79           0.76             5.0
+        [4,  80, 128,  8] -> 8         2.1            0.95            10.0
+        [4,  80, 128,  8] -> 3         4.4            0.66            10.2
 
     So: the sum over the three taps of time, which copies least, except where channels are so few that a
     product of one tap is mostly overhead; there the three frames are joined in channels.

@@ -68,18 +68,19 @@ def leave_room(settings: Settings, checkpoint: str, published: PublishedRewards)
 
 
 def make_rewards(
-    config: RewardsConfig, prompts: PromptTable, published: PublishedRewards | None
+    config: RewardsConfig, prompts: PromptTable, published: PublishedRewards | None, *, default: str = "native"
 ) -> tuple[Reward, Reward]:
     """Both rewards of a run; published models are loaded here, the memory for all of them checked first.
 
     Args:
         prompts: the table that the run's prompt indices point into.
         published: what `check_choice` returned.
+        default: what "default" stands for.
     """
     if published is not None:
         published.check_fit(published_names(config))
     chosen = roles(config)
-    where: Any = {"device": config.device, "published": published, "mini": _mini_folder(config)}
+    where: Any = {"device": config.device, "published": published, "mini": _mini_folder(config), "default": default}
     short, long = (resolve(chosen[role], role, prompts, **where) for role in chosen)
     return short, long
 

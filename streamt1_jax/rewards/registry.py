@@ -55,22 +55,26 @@ def resolve(
     device: str | None = None,
     published: PublishedRewards | None = None,
     mini: Path | None = None,
+    default: str = "native",
 ) -> Reward:
     """The reward that a setting names.
 
     Args:
-        spec: a built-in name ("native", "mini"), a published model ("hpsv3", "videoreward"), or `package.module:Name`.
+        spec: a built-in name ("native", "mini"), a published model ("hpsv3", "videoreward"), `package.module:Name`, or
+            "default".
         role: "short" scores a chunk's frames, "long" the window; a built-in name means another reward for each.
         prompts: the table that the run's prompt indices point into.
         device: where a torch reward of the user's own runs that does not say so itself; see `torch_reward`.
         published: the folder that published models come from.
         mini: the folder that "mini" comes from; None: what the package ships.
+        default: what "default" stands for.
 
     Raises:
         BadInputError: no such reward, with the closest name; a published one without a folder.
     """
     if role not in get_args(Role):
         raise BadInputError(f"reward role is {role!r}, expected 'short' or 'long'")
+    spec = default if spec == "default" else spec
     if ":" in spec:
         return load_reward(spec, prompts, device=device)
     if spec in MODELS:
@@ -81,7 +85,7 @@ def resolve(
             )
         return published.reward(spec, prompts)
     if spec not in BUILT_IN:
-        names = (*sorted(BUILT_IN), *MODELS)
+        names = ("default", *sorted(BUILT_IN), *MODELS)
         raise BadInputError(
             f"there is no reward {spec!r} and no such folder{_closest(spec, names)}; expected one of "
             f"{', '.join(names)}, your own as package.module:Name, or a folder of converted rewards"
