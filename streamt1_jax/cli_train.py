@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.mini.shipped import FOLDER
 from streamt1_jax.settings import check_seed
 
 
@@ -34,6 +33,7 @@ def add_train_mini(commands: Any) -> None:
 def _run_train_mini(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("optax") is None:
         raise BadInputError('optax is not installed, train-mini needs it; pip install "streamt1-jax[train]"')
+    from streamt1_jax.mini.shipped import FOLDER
     from streamt1_jax.mini.train import Recipe, continue_dit, train_mini, train_rewards
 
     recipe, out = Recipe.parse(args.steps), Path(args.out)
