@@ -1,6 +1,7 @@
 """`streamt1 compare`: what it takes, and what it refuses before anything is made."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,10 +150,12 @@ def _with_progress(plan: "Plan", run: Any, *, forced: bool) -> list["Result"]:
 def _report(results: list["Result"], entries: tuple[Entry, ...], folder: Path) -> None:
     from streamt1_jax.compare_report import comparison_table, save_drift_plot, save_quality_plot
     from streamt1_jax.compare_stats import summarize
+    from streamt1_jax.compare_store import SETTINGS
     from streamt1_jax.measure import machine
     from streamt1_jax.outputs import SOFTWARE, atomic_write, write_json
 
-    summary = {"software": SOFTWARE, "machine": machine(), **summarize(results, entries)}
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    summary = {"software": SOFTWARE, "machine": machine(), "settings": settings, **summarize(results, entries)}
     table = comparison_table(summary)
     write_json(folder / "summary.json", summary)
     with atomic_write(folder / "table.md") as temporary:

@@ -37,7 +37,7 @@ from streamt1_jax.video import write_mp4
 from streamt1_jax.weights import MiniWeights
 
 PARTS = 6  # stretches of a video that are measured alone: 5 seconds each of a video of 30
-PART_FRAMES = 12  # at least, in a stretch
+PART_FRAMES = 64  # at least, in a stretch: in fewer, checks of size and motion mark the world's own videos down
 SEED_STEP = 1_000_000  # from prompt to prompt; a chunk's seeds are 1000 apart, so 1000 chunks have seeds of their own
 
 # (video, its prompt) to checks in [0, 1], or None where the prompt says nothing that can be checked.

@@ -37,6 +37,18 @@ def comparison_table(summary: Summary) -> str:
         if against:
             lines += _markdown(f"{REFERENCE} less", against, summary["metrics"], _difference_cell)
             lines += ["", "Prompt by prompt; * where the interval leaves out 0. Above 0, Stream-T1 is better.", ""]
+        pairs = [pair for pair in summary["pairs"] if pair["budget"] == budget]
+        if pairs:
+            names = list(dict.fromkeys(pair["less"] for pair in pairs))
+            columns = [
+                {
+                    "method": name,
+                    "scores": {p["method"]: p["score"].get(summary["primary"]) for p in pairs if p["less"] == name},
+                }
+                for name in names
+            ]
+            rows = list(dict.fromkeys(pair["method"] for pair in pairs))
+            lines += [*_markdown(f"{summary['primary']}: row less column", columns, rows, _difference_cell), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -50,7 +62,8 @@ def _heading(summary: Summary) -> str:
         seen = "rewards only: none of these videos can be checked"
     return (
         f"{count} prompts, {seen}. The rewards steered the search and chose the video; the checks did neither. "
-        f"Intervals: {summary['interval']}."
+        f"Intervals: {summary['interval']}. Each stands alone: of twenty differences that are none, one is expected to "
+        f"look like one. What decides is {summary['primary']}; the other rows explain it."
     )
 
 

@@ -7,6 +7,7 @@ look like one.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from streamt1_jax.compare_store import Result
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+PRIMARY = "check.mean"  # what two methods are told apart by; all else explains it
 FEWEST = 8  # prompts for an interval: the bootstrap's is far too narrow below
 
 Scores = dict[str, dict[str, Any]]  # a metric's name to mean, low, high, prompts
@@ -48,10 +50,12 @@ def summarize(results: Sequence[Result], entries: Sequence[Entry]) -> dict[str, 
 
     Returns:
         `prompts` and how many of them are `checked`; `metrics`, the names of the scores; `entries`, each with its
-        scores, costs and drift; `differences`, the reference less another method, prompt by prompt.
+        scores, costs and drift; `differences`, the reference less another method, prompt by prompt; `pairs`, the same
+        of any two methods at equal budgets, of the `primary` metric alone.
     """
     by_entry = {entry: [r for r in results if _is_of(r, entry)] for entry in entries}
     metrics = list(dict.fromkeys(name for r in results for name in r.scores))
+    primary = PRIMARY if PRIMARY in metrics else "reward.long"
     return {
         "prompts": len({r.prompt_index for r in results}),
         "checked": len({r.prompt_index for r in results if any(_is_check(name) for name in r.scores)}),
@@ -69,6 +73,17 @@ def summarize(results: Sequence[Result], entries: Sequence[Entry]) -> dict[str, 
             for entry in entries
             if best.method.name == REFERENCE != entry.method.name
             and (entry.method.one_candidate or entry.budget == best.budget)
+        ],
+        "primary": primary,
+        "pairs": [
+            {
+                "method": a.method.name,
+                "less": b.method.name,
+                "budget": a.budget,
+                "score": _difference(ours, theirs, [primary]),
+            }
+            for (b, theirs), (a, ours) in itertools.combinations(by_entry.items(), 2)
+            if b.method.one_candidate or a.budget == b.budget
         ],
     }
 
