@@ -17,8 +17,8 @@
 #   endless     200 chunks of the tiny model: time of a chunk and memory must not grow
 #   rewards     both published reward models on random weights, and a chunk of 2x2 candidates with them; needs torch
 #
-# A step ends within LIMIT seconds (580), so any of them fits a call of ten minutes. Its JSON is rewritten after every
-# round of runs: a step that runs out of time leaves the rounds that it has done.
+# A step ends within LIMIT seconds (580), so any of them fits a call of ten minutes. Those of bench, micro and savings
+# rewrite their JSON after every round, race or saving: one that runs out of time leaves what it has done.
 #
 # Needs Python 3.11 or later (3.12 with jax 0.11 where this was written for) with a JAX that finds the GPU. What the
 # benchmarks import beside it is installed by `setup` where a package index can be reached. Weights are random: nothing
@@ -36,8 +36,9 @@ export PYTHONPATH=.
 export PYTHONUNBUFFERED=1
 # What was compiled stays for the next step and the next call.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/streamt1-xla}
-# The whole device: nothing else runs on it, and the largest race wants it.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+# The whole device: nothing else runs on it, and the largest race wants it. Only rewards shares it with torch.
+GIVEN=${XLA_PYTHON_CLIENT_MEM_FRACTION:-}
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${GIVEN:-0.92}
 mkdir -p "$OUT"
 ALL=(setup matmul attention conv layers plain bench1 bench4 bench8 hd long1 long4 savings fidelity endless rewards)
 PLAIN=(--candidates 1 --set search.noise_propagation=false --set search.sinking=false) # configs/longlive.py
@@ -69,7 +70,8 @@ bench() { # bench NAME OPTION...
 step() {
     case $1 in
     setup)
-        "$PYTHON" -c 'import einops, flax, jaxtyping, safetensors' || "$PYTHON" -m pip install flax einops jaxtyping safetensors
+        "$PYTHON" -c 'import einops, flax, ftfy, jaxtyping, safetensors, tokenizers' ||
+            run install "$PYTHON" -m pip install 'flax>=0.12' einops ftfy jaxtyping safetensors tokenizers
         run setup "$PYTHON" -c 'import sys, jax; print(sys.version, jax.__version__, jax.devices())'
         run device nvidia-smi
         ;;
@@ -90,7 +92,11 @@ step() {
     savings) run savings "$PYTHON" benchmarks/savings.py --preset "$PRESET" --rounds 5 --json "$OUT/$NAME-savings.json" ;;
     fidelity) run fidelity "$PYTHON" benchmarks/fidelity.py --preset "$FIDELITY" --chunks 32 --json "$OUT/$NAME-fidelity.json" ;;
     endless) run endless "$PYTHON" benchmarks/endless.py --chunks 200 --json "$OUT/$NAME-endless.json" ;;
-    rewards) run rewards "$PYTHON" benchmarks/rewards.py --size "$REWARDS" --beside "$PRESET" --json "$OUT/$NAME-rewards.json" ;;
+    rewards)
+        if [ -z "$GIVEN" ]; then unset XLA_PYTHON_CLIENT_MEM_FRACTION; fi # the benchmark leaves torch its part
+        run rewards "$PYTHON" benchmarks/rewards.py --size "$REWARDS" --beside "$PRESET" --json "$OUT/$NAME-rewards.json"
+        export XLA_PYTHON_CLIENT_MEM_FRACTION=${GIVEN:-0.92}
+        ;;
     *)
         echo "unknown step $1, expected: ${ALL[*]}" >&2
         exit 2

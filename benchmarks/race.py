@@ -23,17 +23,15 @@ def race(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[
 
     A form has been called before its first round, so compilation does not count.
     """
-    calls = {name: max(1, math.ceil(AT_LEAST / _seconds(run, 1))) for name, run in forms.items() if _warm(run)}
+    calls = {}
+    for name, run in forms.items():
+        jax.block_until_ready(run())
+        calls[name] = max(1, math.ceil(AT_LEAST / _seconds(run, 1)))
     taken: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(rounds):
         for name, run in forms.items():
             taken[name].append(_seconds(run, calls[name]))
     return taken
-
-
-def _warm(run: Callable[[], Any]) -> bool:
-    jax.block_until_ready(run())
-    return True
 
 
 def _seconds(run: Callable[[], Any], calls: int) -> float:

@@ -239,10 +239,9 @@ def main() -> int:
         print(f"{report['beside']['chunk_seconds']['median']:8.3f} s  the whole chunk as one program")
     if device.type == "cuda":
         report["torch_peak_bytes"] = torch.cuda.max_memory_allocated(device)
-        free, total = torch.cuda.mem_get_info(device)
-        report["device_bytes_used"] = total - free
         print(
-            f"torch {report['torch_peak_bytes'] / GIGABYTE:.2f} GB at most; device {(total - free) / GIGABYTE:.2f} GB"
+            f"torch {report['torch_peak_bytes'] / GIGABYTE:.2f} GB at most; JAX, from the whole run: "
+            f"{report.get('beside', {}).get('peak_bytes')}"
         )
     if args.json:
         write_report(args.json, report)

@@ -3,12 +3,13 @@
     python benchmarks/savings.py --preset mini --json FILE
 
 Random weights; 2 beams of 2 candidates at the tenth chunk of a video, where every window is full and the video
-still starts in it. Both forms are compared before they are timed in turn. "Off" is what the released code does.
+still starts in it. Both forms are compared before they are timed in turn. "Off" is the plain form, without the saving.
 """
 
 import argparse
 import dataclasses
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -132,21 +133,23 @@ def merged_lora(scene: Scene) -> Saving:
 
     @jax.jit
     def with_merged(x, merged):
-        def layer(x, kernels):
+        def layer(total, kernels):
+            y = x
             for kernel in kernels:
-                x = x @ kernel
-            return x, None
+                y = y @ kernel
+            return total + y, None
 
-        return jax.lax.scan(layer, x, merged)[0]
+        return jax.lax.scan(layer, jnp.zeros_like(x), merged)[0]
 
     @jax.jit
     def with_lora(x, kernels, lora):
-        def layer(x, weights):
+        def layer(total, weights):
+            y = x
             for kernel, (down, up) in zip(*weights, strict=True):
-                x = x @ kernel + (x @ down) @ up
-            return x, None
+                y = y @ kernel + (y @ down) @ up
+            return total + y, None
 
-        return jax.lax.scan(layer, x, (kernels, lora))[0]
+        return jax.lax.scan(layer, jnp.zeros_like(x), (kernels, lora))[0]
 
     return Saving(
         "1 LoRA merged into the linears, not beside them",
@@ -351,15 +354,8 @@ MAKERS = (
 )
 
 
-def measure(saving: Saving, rounds: int, tolerance: float) -> dict[str, Any]:
-    """Compares both forms, then times them.
-
-    Raises:
-        SystemExit: they differ by more than `tolerance`.
-    """
-    error = saving.difference(saving.on(), saving.off())
-    if not error <= tolerance:
-        raise SystemExit(f"{saving.name}: the two forms differ by {error:.3g}, expected at most {tolerance:g}")
+def measure(saving: Saving, error: float, rounds: int) -> dict[str, Any]:
+    """Times both forms, which differ by `error`."""
     seconds = race({"on": saving.on, "off": saving.off}, rounds)
     ratios = [off / on for on, off in zip(seconds["on"], seconds["off"], strict=True)]
     return {
@@ -388,7 +384,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *report["left_out"]])
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Measures the exact savings, each on and off.")
     parser.add_argument("--preset", default="mini", help="1.3b, 14b, mini or tiny (default: mini)")
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), help="default: bfloat16 on an accelerator, else float32")
@@ -409,12 +405,20 @@ def main() -> None:
             "dtype": dtype.name,
             "grid": scene.candidates.seed.shape,
             "rounds": args.rounds,
-            "savings": [measure(saving, args.rounds, TOLERANCE[dtype.name]) for saving in savings],
+            "savings": [],
             "left_out": [f"7 a chunk without files: {name} is not installed" for name in missing],
         }
-    print(table(report))
-    write_report(args.json, report)
+        wrong, most = [], TOLERANCE[dtype.name]
+        for saving in savings:
+            error = saving.difference(saving.on(), saving.off())
+            if error <= most:
+                report["savings"].append(measure(saving, error, args.rounds))
+            else:
+                wrong.append(f"{saving.name}: the two forms differ by {error:.3g}, expected at most {most:g}")
+            write_report(args.json, report | {"wrong": wrong})  # after each: a later one may run out of time
+    print("\n".join([table(report), *wrong]))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,13 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from streamt1_jax import flops, stream
-from streamt1_jax.bench_lane import Lane, encode, first_frames, prepare, step_bytes, time_video
+from streamt1_jax.bench_lane import Lane, encode, first_frames, prepare, steady_chunk, step_bytes, time_video
 from streamt1_jax.config import ModelConfig, RunConfig, grid_of
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.generator import Conditioning, wan_generator
+from streamt1_jax.judge import short_frames
 from streamt1_jax.measure import Spread, compilation_cache, compilations, machine, matmul_peak, peak_bytes, timed
 from streamt1_jax.memory import size_of
 from streamt1_jax.models.attention import attention_path
@@ -36,7 +36,8 @@ from streamt1_jax.stream import Search, init_state, jitted_step
 from streamt1_jax.weights import random_params
 from streamt1_jax.window import decodes_in_turn
 
-EARLY = 8  # late chunks are compared with this one and the two after; sinks that always grow are full by then
+EARLY = 9  # late chunks are compared with this one and the two after; sinks that always grow are full by then
+FULL_CHUNKS = 7  # at least, with full windows: three early ones, three late ones, and one between
 
 
 def lane_config(run: RunConfig, candidates: int) -> RunConfig:
@@ -76,7 +77,7 @@ class Bench:
         return prepare(search, place(search.mesh, self.params), self._no_prompt(), jnp.int32(0))
 
     def lanes(self, candidates: tuple[int, ...], run: RunConfig) -> list[Lane]:
-        """Compiles and warms up; what memory a lane takes is read before its stages run one by one."""
+        """Compiles and warms up; what memory a lane takes is read before the next lane is there."""
         lanes = []
         for number in candidates:
             search = self.search(lane_config(run, number))
@@ -86,17 +87,14 @@ class Bench:
             for lane, folder in zip(lanes, caches, strict=True):
                 with compilation_cache(folder):
                     lane.compile_seconds = {name: self._compile(lane) for name in ("cold", "warm")}
-            for lane, folder in zip(lanes, caches, strict=True):
-                with compilation_cache(folder):
                     lane.peak_bytes = self._peak(lane)
+            for lane, folder in zip(lanes, caches, strict=True):  # the last lane's compilation has dropped the others'
+                with compilation_cache(folder):
                     time_video(lane, lane.steady + 1)
         return lanes
 
     def measure(self, lanes: list[Lane], *, chunks: int, repeats: int) -> Iterator[list[dict[str, Any]]]:
         """Times `repeats` videos of `chunks` chunks in each lane; yields what is known after every round of them."""
-        steady = max(lane.steady for lane in lanes)
-        if chunks < steady + 1:
-            raise BadInputError(f"--chunks is {chunks}, expected at least {steady + 1}: earlier the window is not full")
         for _ in range(repeats):  # in turn, so that a slow minute of the machine meets all lanes
             for lane in lanes:
                 with compilations() as compiled:
@@ -176,8 +174,7 @@ class Bench:
         }
         chunk = Spread.of([statistics.median(chunk.whole for chunk in video) for video in full])
         by_index = [statistics.median(chunk.whole for chunk in same) for same in zip(*lane.videos, strict=True)]
-        early = min(EARLY, max(lane.steady, len(by_index) - 6))
-        late = len(by_index) - 3
+        early, late = _compared(lane.steady, len(by_index))
         appended = statistics.mean(chunk.appended for video in full for chunk in video)
         return {
             "candidates": lane.candidates,
@@ -205,16 +202,22 @@ class Bench:
         }
 
     def _host_bytes(self, search: Search, conditioning: Conditioning) -> int:
-        """Bytes of one chunk's record, and of the frames that host rewards are sent."""
+        """Bytes of one chunk's record, and of the frames that host rewards are sent, before they choose of them."""
         state = jax.eval_shape(lambda: init_state(search, 0, 1))
         step = jax.eval_shape(
             lambda p, c, s: stream.step(search, p, c, s, first=False), self.params, conditioning, state
         )
         total = size_of(step[1])
-        beams, count = search.config.search.grid
-        window = size_of(state.beams.window) // beams
-        chunk = search.generator.frames_per_chunk * int(np.prod(search.generator.frame_shape)) * 3
-        total += beams * count * (chunk * (search.short.runs_on == "host") + window * (search.long.runs_on == "host"))
+        candidates = jax.eval_shape(
+            lambda p, c, s: stream.propose(search, p, c, s, first=False), self.params, conditioning, state
+        )
+        seen = jax.eval_shape(
+            lambda p, s, made: stream.watch(search, p, s, made, first=False), self.params, state, candidates
+        )
+        shown = jax.eval_shape(lambda chunk: short_frames(chunk, search.config.search.short_reward_frames), seen.chunk)
+        for reward, video in ((search.short, shown), (search.long, seen.long)):
+            if reward.runs_on == "host":
+                total += video.size * (1 if reward.pixels == "uint8" else 4)
         return total
 
     def _rates(self, search: Search, seconds: dict[str, Spread], chunk: Spread, appended: float) -> dict[str, Any]:
@@ -228,12 +231,24 @@ class Bench:
         return {
             "frames_per_second": {
                 "the whole chunk": frames / chunk.median,
-                "the whole chunk less the rewards": frames / (chunk.median - seconds["judge"].median),
+                "the whole chunk less the rewards, estimated": frames / (chunk.median - seconds["judge"].median),
                 "the DiT's two stages alone": frames / dit,
             },
             "flop": work,
             "flop_per_second": {name: flop / seconds[name].median for name, flop in work.items()},
         }
+
+
+def _compared(steady: int, chunks: int) -> tuple[int, int]:
+    """The first of three early chunks and of three late ones.
+
+    Their distance is even: every other chunk is timed stage by stage first, and the same of both must have been.
+    """
+    late = chunks - 3
+    early = max(steady, min(EARLY, late - 3))
+    if (late - early) % 2:
+        early += 1 if early == steady else -1
+    return early, late
 
 
 def run_bench(
@@ -262,8 +277,15 @@ def run_bench(
         devices: of this machine, that share the candidates.
         profile: a folder for a profiler's trace of a few steady chunks of the last lane.
         on_round: is given the report after every round of runs, before what a prompt costs is known.
+
+    Raises:
+        BadInputError: too few chunks for windows that are full.
     """
     report: dict[str, Any] = {"machine": machine()}  # before it is busy with this
+    rewards = rewards or (native_short(), native_long())
+    fewest = steady_chunk(run, rewards) + FULL_CHUNKS
+    if chunks < fewest:
+        raise BadInputError(f"--chunks is {chunks}, expected at least {fewest}: earlier not all windows are full")
     bench = Bench(model, height=height, width=width, dtype=dtype, rewards=rewards, devices=devices)
     report |= {
         "model": asdict(model),

@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from streamt1_jax.cache import EMPTY
+from streamt1_jax.config import RunConfig
 from streamt1_jax.generator import Conditioning
 from streamt1_jax.models.umt5 import encode_prompt
-from streamt1_jax.rewards.base import PromptTokens
+from streamt1_jax.rewards.base import PromptTokens, Reward
 from streamt1_jax.stages import staged_step
 from streamt1_jax.state import ChunkRecord, StreamState
 from streamt1_jax.stream import Search, init_state, jitted_step
@@ -48,11 +49,21 @@ class Lane:
 
     @property
     def steady(self) -> int:
-        """The first chunk to meet a full window."""
-        return self.search.config.stream.sink_chunks + self.search.config.stream.window_chunks + 1
+        """The first chunk that counts."""
+        return steady_chunk(self.search.config, (self.search.short, self.search.long))
 
     def step(self, state: StreamState, index: int) -> tuple[StreamState, ChunkRecord]:
         return jitted_step(self.search, self.params, self.conditioning, state, first=index == 0)
+
+
+def steady_chunk(config: RunConfig, rewards: tuple[Reward, Reward]) -> int:
+    """The chunk from which on every chunk costs the same: the windows of cache and rewards have been full for one.
+
+    A reward in JAX computes over the room of its window, full or not; one on the host is sent what is there.
+    """
+    cached = config.stream.sink_chunks + config.stream.window_chunks
+    judged = config.search.sliding_window_size if any(reward.runs_on == "host" for reward in rewards) else 0
+    return max(cached, judged) + 1
 
 
 class _Clock:

@@ -186,10 +186,11 @@ def _run_generate(args: argparse.Namespace) -> int:
     from streamt1_jax.compile_cache import enable_compilation_cache
     from streamt1_jax.rewards.choice import check_choice, leave_room, make_rewards
     from streamt1_jax.sharding import candidate_mesh
+    from streamt1_jax.weights import find_weights
 
     published = check_choice(settings.rewards)
     if published is not None:
-        leave_room(settings, args.checkpoint, published)
+        leave_room(settings, lambda: find_weights(args.checkpoint).config, published)
     enable_compilation_cache()
     jobs = _of_this_host(args, jobs)
     for job in jobs:

@@ -1,6 +1,7 @@
 """`streamt1 bench` and `streamt1 doctor`: what they take, and what they refuse before anything is measured."""
 
 import argparse
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,6 @@ from streamt1_jax.outputs import atomic_write, write_json
 from streamt1_jax.settings import RewardsConfig, check_size, load_settings
 
 PROMPT = "a red circle moves right"  # what rewards that read a prompt are given
-FEWEST_CHUNKS = 10  # the window is full from chunk 4 on; three full chunks at the start, three at the end
 
 
 def add_bench(commands: Any) -> None:
@@ -29,7 +29,7 @@ def add_bench(commands: Any) -> None:
     add("--repeats", type=int, default=3, help="warm runs (default: 3)")
     add("--config", metavar="FILE", help="as in generate; of its search, every lane has another grid")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="as in generate")
-    add("--rewards", metavar="DIR|SHORT[,LONG]", help="as in generate (default: native)")
+    add("--rewards", metavar="DIR|SHORT[,LONG]", help="as in generate")
     add("--reward-device", metavar="DEVICE", help="as in generate")
     add("--devices", type=int, default=1, metavar="N", help="devices of this machine that share the candidates")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on an accelerator, float32 on a CPU")
@@ -48,11 +48,8 @@ def _run_bench(args: argparse.Namespace) -> int:
     width = _size(args.width, _size(settings.generate.width, model.width))
     check_size(height, width)
     candidates = numbers("--candidates", args.candidates)
-    if args.repeats < 1 or args.chunks < FEWEST_CHUNKS or args.devices < 1:
-        raise BadInputError(
-            f"--repeats is {args.repeats}, --devices {args.devices} and --chunks {args.chunks}, expected at least 1, 1 "
-            f"and {FEWEST_CHUNKS}, so that the window is full for three chunks at the start and three others at the end"
-        )
+    if args.repeats < 1 or args.devices < 1:
+        raise BadInputError(f"--repeats is {args.repeats} and --devices {args.devices}, expected at least 1")
     asked = {"preset": args.preset, "size": {"height": height, "width": width}, "chunks": args.chunks}
     earlier = _earlier(args.against, asked, candidates) if args.against else None
     if args.json:
@@ -65,10 +62,13 @@ def _run_bench(args: argparse.Namespace) -> int:
     from streamt1_jax.bench import lane_config, run_bench
     from streamt1_jax.bench_report import bench_table, compare_table
     from streamt1_jax.rewards import PromptTable
-    from streamt1_jax.rewards.choice import check_choice, make_rewards
+    from streamt1_jax.rewards.choice import check_choice, leave_room, make_rewards
     from streamt1_jax.sharding import candidate_mesh
-    from streamt1_jax.weights import default_dtype
+    from streamt1_jax.weights import MiniWeights, default_dtype
 
+    published = check_choice(settings.rewards)
+    if published is not None:
+        leave_room(settings, lambda: model, published)
     for number in candidates:
         candidate_mesh(lane_config(settings.run, number).search, args.devices)
     prompts = PromptTable([PROMPT])
@@ -87,7 +87,12 @@ def _run_bench(args: argparse.Namespace) -> int:
         dtype=jnp.dtype(args.dtype).type if args.dtype else default_dtype(),
         height=height,
         width=width,
-        rewards=make_rewards(settings.rewards, prompts, check_choice(settings.rewards)),
+        rewards=make_rewards(
+            settings.rewards,
+            prompts,
+            published,
+            default=MiniWeights.default_rewards if args.preset == "mini" else "native",
+        ),
         devices=args.devices,
         profile=args.profile,
         on_round=keep,
@@ -121,6 +126,9 @@ def _earlier(path: str, asked: dict[str, Any], candidates: tuple[int, ...]) -> d
         report = json.loads(Path(path).read_text())
         found = {key: report[key] for key in asked}
         both = {run["candidates"] for run in report["runs"]} & set(candidates)
+        from streamt1_jax.bench_report import compare_table
+
+        compare_table(report, report)  # all that will be read of it is there
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInputError(
             f"--against {path} cannot be used ({error!r}), expected a report of bench --json"
@@ -171,6 +179,15 @@ def _reward_sizes(asked: str, settings: RewardsConfig) -> dict[str, float]:
     return {name: REWARD_BYTES[name] * scale - less * REWARD_LINEAR[name] for name in names[asked]}
 
 
+def _gpu_bytes() -> int | None:
+    """Memory of the first GPU, as torch tells it; None where torch is not there or sees none."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch.cuda.mem_get_info(0)[1] if torch.cuda.is_available() else None
+
+
 def _run_doctor(args: argparse.Namespace) -> int:
     model = ModelConfig.preset(args.preset)
     short = {"search.beams": args.beams, "search.candidates_per_beam": args.candidates}
@@ -184,7 +201,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
 
     from streamt1_jax.measure import machine
     from streamt1_jax.memory import GIGABYTE, format_plan, memory_plan
-    from streamt1_jax.rewards.placement import FRACTION, needed_bytes
+    from streamt1_jax.rewards.placement import FRACTION, jax_fraction, needed_bytes
 
     for name, value in machine().items():
         print(f"{name:12}  {value}")
@@ -204,6 +221,9 @@ def _run_doctor(args: argparse.Namespace) -> int:
         print(f"torch takes {(plan.peak - plan.jax_peak) / GIGABYTE:.2f} GB of that; JAX is left the rest ({FRACTION})")
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
+    if limit is not None and here:  # what it will be told to take beside torch, not what this process may take
+        total = _gpu_bytes()
+        limit = None if total is None else total * jax_fraction(total, plan.peak - plan.jax_peak)
     if limit is not None:
         verdict = "fits" if plan.jax_peak < limit else "does NOT fit"
         part = f"its part, {plan.jax_peak / GIGABYTE:.2f} GB"

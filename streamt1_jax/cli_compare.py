@@ -70,10 +70,11 @@ def _run_compare(args: argparse.Namespace) -> int:
     from streamt1_jax.compare import Plan, compare, mini_checker
     from streamt1_jax.compile_cache import enable_compilation_cache
     from streamt1_jax.rewards.choice import check_choice, leave_room, make_rewards
+    from streamt1_jax.weights import find_weights
 
     published = check_choice(settings.rewards)
     if published is not None:
-        leave_room(settings, args.checkpoint, published)
+        leave_room(settings, lambda: find_weights(args.checkpoint).config, published)
     enable_compilation_cache()
     pipe = StreamT1Pipeline.from_pretrained(args.checkpoint, allow_cpu=args.allow_cpu)
     plan = Plan(entries, prompts, settings.run, settings.generate, args.sheets, args.keep_videos)

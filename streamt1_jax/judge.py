@@ -21,7 +21,7 @@ def judge(
 ) -> Scores:
     """Asks both rewards and fuses what they say; fixes the flags for the day of eviction (SPEC sections 5 and 6)."""
     with jax.named_scope("judge"):
-        shown = _evenly(seen.chunk, search.config.search.short_reward_frames)
+        shown = short_frames(seen.chunk, search.config.search.short_reward_frames)
         short, short_failed = _ask(search, search.short, shown, shown.shape[2], conditioning)
         long, long_failed = _ask(search, search.long, seen.long, seen.long_valid, conditioning)
         f = search.config.stream.latent_frames_per_chunk
@@ -32,7 +32,7 @@ def judge(
         return Scores(short, long, fused, alpha, ema, append, usable, short_failed | long_failed)
 
 
-def _evenly(video: Float[Array, "B K T H W 3"], count: int | None) -> Float[Array, "B K t H W 3"]:
+def short_frames(video: Float[Array, "B K T H W 3"], count: int | None) -> Float[Array, "B K t H W 3"]:
     """At most `count` frames, evenly spaced from the first to the last; one alone is the middle one."""
     frames = video.shape[2]
     if count is None or count >= frames:

@@ -45,7 +45,7 @@ def timed(run: Callable[[], Any], repeats: int) -> list[float]:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[float]]:
-    """Counts the programs that XLA compiles meanwhile; the list grows by the seconds of each."""
+    """Counts the programs that are compiled or loaded from the cache meanwhile; the list holds the seconds of each."""
     seen: list[float] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:

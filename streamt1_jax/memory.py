@@ -91,7 +91,8 @@ def memory_plan(
         "prompt keys and values": 2 * layers * model.dit.text_len * heads * head_dim * itemsize,
         "KV caches": size_of((cache.k, cache.v)),
         "newest sinks": size_of(cache.newest_sink),
-        "KV caches of the next chunk": size_of((cache.k, cache.v)) + beams * chunk_kv,
+        # Several beams gather their parents' caches into new ones; a beam alone is written in place.
+        "KV caches of the next chunk": (size_of((cache.k, cache.v)) if beams > 1 else 0) + beams * chunk_kv,
         "decoder states": per_beam_decoder * (beams + candidates),
         "reward windows": window * (beams + candidates),
         "activations, estimated": candidates * max(block, decoding),

@@ -1,10 +1,12 @@
 """The rewards that the settings of a run name: refused early where they mean nothing, made once."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from streamt1_jax.config import ModelConfig
 from streamt1_jax.manifest import read_manifest
 from streamt1_jax.memory import memory_plan
 from streamt1_jax.mini.shipped import is_mini
@@ -14,7 +16,7 @@ from streamt1_jax.rewards.placement import eight_bit_library, needed_bytes, refu
 from streamt1_jax.rewards.published import FORMAT, PublishedRewards
 from streamt1_jax.rewards.registry import Role, resolve
 from streamt1_jax.settings import RewardsConfig, Settings
-from streamt1_jax.weights import default_dtype, find_weights
+from streamt1_jax.weights import default_dtype
 
 
 def check_choice(config: RewardsConfig) -> PublishedRewards | None:
@@ -46,11 +48,11 @@ def check_choice(config: RewardsConfig) -> PublishedRewards | None:
     return published
 
 
-def leave_room(settings: Settings, checkpoint: str, published: PublishedRewards) -> None:
+def leave_room(settings: Settings, model_of: Callable[[], ModelConfig], published: PublishedRewards) -> None:
     """On GPUs, leaves the published models of a run their room; call it before JAX starts.
 
     Args:
-        checkpoint: of the run: "mini" or a folder.
+        model_of: sizes of the run's model; asked for once JAX has been told what it may take.
 
     Raises:
         OutOfMemoryError: the run does not fit into the rest, said before anything is loaded.
@@ -62,7 +64,7 @@ def leave_room(settings: Settings, checkpoint: str, published: PublishedRewards)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # JAX starts here
     if device.type == "cpu" or limit is None:
         return
-    model = find_weights(checkpoint).config
+    model = model_of()
     size = (settings.generate.height or model.height, settings.generate.width or model.width)
     refuse_overfull(memory_plan(model, settings.run, *size, default_dtype()).peak, limit, needed)
 
