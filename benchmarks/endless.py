@@ -1,6 +1,6 @@
 """A long stream of the tiny model: does a chunk take the same time, and the process the same memory, all along?
 
-    python benchmarks/endless.py [--chunks 200] [--candidates 2] [--switch-every 50] [--json FILE]
+    python benchmarks/endless.py [--chunks 200] [--candidates 2] [--switch-every 50] [--repeats 3] [--json FILE]
 
 Prints the median time of chunks 10 to 30 and of the last 20 with their ratio, and resident memory at a few moments.
 More than 341 chunks reach frame positions beyond 1023.
@@ -10,9 +10,14 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
+
+import jax
+from race import write_report
 
 from streamt1_jax.compile_cache import enable_compilation_cache
 from streamt1_jax.config import ModelConfig, SearchConfig
+from streamt1_jax.measure import machine
 from streamt1_jax.networks import network_graph
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.weights import MiniWeights, random_params
@@ -23,7 +28,9 @@ PROMPTS = ("a red circle moves right", "a blue square spins")
 class TinyWeights:
     """Random numbers for the sizes of `ModelConfig.tiny`, with the embedded model's tokenizer."""
 
-    config, tokenizer, default_rewards = ModelConfig.tiny(), MiniWeights.tokenizer, "native"
+    config, tokenizer = ModelConfig.tiny(), MiniWeights.tokenizer
+    default_rewards = "native"
+    own_rewards: Path | None = None
 
     def generator_params(self, dtype):
         return {name: random_params(network_graph(self.config, name, dtype)[1], 0) for name in ("dit", "decoder")}
@@ -65,6 +72,7 @@ def measure(chunks: int, candidates: int, switch_every: int | None) -> dict:
         "ratio": late / early,
         "resident_mb": {str(at): round(memory[at], 1) for at in sorted({10, 30, chunks // 2, chunks - 1})},
         "resident_growth_mb": memory[-1] - memory[30],
+        "device_memory": jax.local_devices()[0].memory_stats(),  # at the end; None on a CPU
     }
 
 
@@ -73,15 +81,17 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=200)
     parser.add_argument("--candidates", type=int, default=2, help="beams, and candidates of each")
     parser.add_argument("--switch-every", type=int, metavar="N", help="another prompt after every N chunks")
+    parser.add_argument("--repeats", type=int, default=1, help="streams, one after the other (default: 1)")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.chunks < 60:
         parser.error(f"--chunks is {args.chunks}, expected at least 60: chunks 10 to 30 and the last 20 are compared")
     enable_compilation_cache()
-    result = measure(args.chunks, args.candidates, args.switch_every)
-    print(json.dumps(result, indent=1))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    report: dict[str, Any] = {"machine": machine(), "model": "tiny, random weights", "runs": []}
+    for _ in range(args.repeats):
+        report["runs"].append(measure(args.chunks, args.candidates, args.switch_every))
+        print(json.dumps(report["runs"][-1], indent=1))
+        write_report(args.json, report)
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def _run_generate(args: argparse.Namespace) -> int:
         pipe.encode(prompts, strict=settings.generate.strict)  # the text encoder is loaded once
         rewards = (settings.rewards.short, settings.rewards.long)
         if settings.rewards.dir is not None or settings.rewards.device is not None:
-            rewards = make_rewards(settings.rewards, pipe.prompts, published, default=pipe.weights.default_rewards)
+            rewards = make_rewards(settings.rewards, pipe.prompts, published, pipe.weights)
         for number, job in enumerate(jobs, start=1):
             if job in missing:
                 label = f"{number}/{len(jobs)}" if args.prompts_file else job.paths.video.name

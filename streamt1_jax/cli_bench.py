@@ -91,7 +91,7 @@ def _run_bench(args: argparse.Namespace) -> int:
             settings.rewards,
             prompts,
             published,
-            default=MiniWeights.default_rewards if args.preset == "mini" else "native",
+            MiniWeights() if args.preset == "mini" else None,
         ),
         devices=args.devices,
         profile=args.profile,

@@ -84,7 +84,7 @@ def _run_compare(args: argparse.Namespace) -> int:
             pipe,
             plan,
             folder,
-            rewards=make_rewards(settings.rewards, pipe.prompts, published, default=pipe.weights.default_rewards),
+            rewards=make_rewards(settings.rewards, pipe.prompts, published, pipe.weights),
             checker=mini_checker(pipe),
             resume=args.resume,
             on_result=on_result,

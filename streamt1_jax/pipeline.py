@@ -127,7 +127,8 @@ class StreamT1Pipeline:
 
     def reward(self, spec: str, role: Role) -> Reward:
         """The reward of a name, by `rewards.resolve`; "default" is what these weights come with."""
-        return resolve(spec, role, self.prompts, default=self.weights.default_rewards)
+        default, own = self.weights.default_rewards, self.weights.own_rewards
+        return resolve(spec, role, self.prompts, default=default, mini=own)
 
     def prompt_for(self, reward: Reward, prompt: str) -> Any:
         """The prompt in the form that `reward.call` takes."""

@@ -35,7 +35,7 @@ class CallSettings(TypedDict, total=False):
     width: int | None
     config: RunConfig | None  # stream and search settings; the released ones if None
     search: SearchConfig | None  # replaces `config.search`
-    rewards: tuple[str | Reward, str | Reward]  # short and long: "native", "package.module:Name" or a `Reward`
+    rewards: tuple[str | Reward, str | Reward]  # short and long, as `rewards.resolve` knows them, or made already
     noise: NoiseSource  # a function from a seed to `Draws`, or recorded arrays
     strict: bool  # a prompt that is too long is an error
     switches: Mapping[float, str] | Sequence[tuple[float, str]]  # prompts by seconds: {5.25: "a new prompt"}

@@ -26,6 +26,7 @@ class Weights(Protocol):
     config: ModelConfig
     tokenizer: Path
     default_rewards: str  # the built-in name that judges where none is asked for
+    own_rewards: Path | None  # the folder that "mini" comes from; None: what the package ships
 
     def generator_params(self, dtype: Any) -> PyTree:
         """`{"dit", "decoder"}`, what `wan_generator` takes."""
@@ -70,6 +71,7 @@ class MiniWeights:
     def __init__(self, folder: str | Path = shipped.FOLDER):
         self.folder = Path(folder)
         self.manifest = shipped.read_manifest(self.folder)
+        self.own_rewards = self.folder if "reward_short" in self.manifest["networks"] else None
 
     def generator_params(self, dtype: Any) -> PyTree:
         return {"dit": self._load("dit", dtype), "decoder": self._load("vae", dtype)["decoder"]}
@@ -94,6 +96,7 @@ class CheckpointWeights:
     """A folder that `streamt1 convert` wrote; every file is verified before its parameters are read."""
 
     default_rewards = "native"
+    own_rewards: Path | None = None
 
     def __init__(self, folder: str | Path):
         self.checkpoint = open_checkpoint(folder)

@@ -26,7 +26,7 @@ class SmallWeights:
     """A small model as a source of parameters, with the embedded model's tokenizer."""
 
     tokenizer = MiniWeights.tokenizer
-    default_rewards = "native"
+    default_rewards, own_rewards = "native", None
 
     def __init__(self, config: ModelConfig = SMALL, seed: int = 0):
         self.config, self.seed = config, seed

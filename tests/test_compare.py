@@ -48,7 +48,7 @@ REWARDS = tuple(Reward(name, _brightness, "uint8", "jax") for name in ("bright",
 
 
 class FakeWeights:
-    default_rewards = "native"
+    default_rewards, own_rewards = "native", None
 
     def describe(self) -> dict[str, Any]:
         return {"name": "fake"}

@@ -150,7 +150,7 @@ def test_a_lora_changes_the_latents(make, published, tmp_path):
 class InMemory:
     """The weights of the Wan release straight from their tensors: no file, no checkpoint."""
 
-    config, tokenizer, default_rewards = TINY, TOKENIZER, "native"
+    config, tokenizer, default_rewards, own_rewards = TINY, TOKENIZER, "native", None
 
     def generator_params(self, dtype):
         dit = build(lambda: CausalWanDiT(TINY.dit, dtype=dtype, rngs=nnx.Rngs(0)), wan_dit_rules(), dit_tensors())

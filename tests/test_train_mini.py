@@ -1,5 +1,7 @@
 """Training the embedded model: the shared loop, one step of each network, the noise of chunk 0, the recipe."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,18 +32,18 @@ SMALL = ModelConfig(
 
 
 def line_task(steps: int) -> Task:
-    """Fits a line: the loop itself, without a network."""
+    """Fits a plane: the loop itself, without a network; its matrix is stepped by Muon, as theirs are."""
 
     def batch(step):
         x = np.random.default_rng(step).standard_normal((8, 3)).astype(np.float32)
-        return x, x @ np.array([1.0, -2.0, 0.5], np.float32)
+        return x, x @ np.array([[1.0, 0.0], [-2.0, 1.0], [0.5, 3.0]], np.float32)
 
     def loss(params, batch, key):
         x, y = batch
         noise = 0.01 * jax.random.normal(key, y.shape)
-        return jnp.mean((x @ params["weights"] + noise - y) ** 2), {}
+        return jnp.mean((x @ params["plane"]["kernel"] + params["plane"]["bias"] + noise - y) ** 2), {}
 
-    init = lambda: {"weights": jnp.zeros(3)}  # noqa: E731
+    init = lambda: {"plane": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}  # noqa: E731
     return Task("line", init, batch, loss, steps, learning_rate=0.1, decay_steps=40, warmup=2)
 
 
@@ -49,11 +51,13 @@ def test_a_resumed_run_makes_the_same_updates(tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     whole = fit(line_task(40), tmp_path / "whole", seed=3, save_every=10)
-    fit(line_task(20), tmp_path / "parts", seed=3, save_every=10)
+    stopped = dataclasses.replace(line_task(40), batch=lambda step: line_task(40).batch(step) if step < 27 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # in step 27; what follows goes on from step 20
+        fit(stopped, tmp_path / "parts", seed=3, save_every=10)
     parts = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True)
-    np.testing.assert_array_equal(whole["weights"], parts["weights"])
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
     again = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True)
-    np.testing.assert_array_equal(whole["weights"], again["weights"])
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
 
 
 def test_checkpoints_are_not_overwritten_unasked(tmp_path):
@@ -64,7 +68,7 @@ def test_checkpoints_are_not_overwritten_unasked(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     task = line_task(2)
-    broken = Task(**{**task.__dict__, "loss": lambda params, batch, key: (jnp.sum(params["weights"]) / 0.0, {})})
+    broken = Task(**{**task.__dict__, "loss": lambda params, batch, key: (jnp.sum(params["plane"]["bias"]) / 0.0, {})})
     with pytest.raises(FloatingPointError, match="not finite at step"):
         fit(broken, tmp_path, seed=0)
 
@@ -189,6 +193,7 @@ def test_recipe_names_are_checked():
         ("steps=3", "a name of"),
         ("vae=0", "at least 1"),
         ("vae=-1", "NUMBER"),
+        ("first_chunks=10", "larger than its set"),
     ):
         with pytest.raises(BadInputError, match=message):
             Recipe.parse(text)
@@ -237,5 +242,8 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
 
     continue_dit(out, start, recipe, seed=3, resume=True)
     assert shipped.read_manifest(out)["sha256"] == after["sha256"]
-    with pytest.raises(BadInputError, match="another folder"):
-        continue_dit(start, start, recipe)
+    for folder, numbers, seed in ((start, recipe, 3), (out, recipe, 4), (out, dataclasses.replace(recipe, dit=3), 3)):
+        with pytest.raises(BadInputError, match="another folder"):
+            continue_dit(folder, start, numbers, seed=seed, resume=True)
+    with pytest.raises(BadInputError, match="pass --resume"):
+        continue_dit(out, start, recipe, seed=3)

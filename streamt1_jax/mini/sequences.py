@@ -19,6 +19,7 @@ from streamt1_jax.types import HostOrDevice
 CHUNK = 3  # latent frames
 FIRST_PIXELS, CHUNK_PIXELS = 9, 12  # pixel frames of chunk 0 and of every other
 LATE_CHUNKS = (4, 60)  # where the run of every other batch begins, 3 to 45 seconds on; that of the rest, with chunk 1
+SEED_STEP = 1_000_000  # scenes from one seed to the next
 LATE_PIXELS = 33  # frames before a late run that bring the encoder to the state it has in a long video
 
 
@@ -55,7 +56,7 @@ def encode_sequences(
     }
     parts = []
     for first in range(0, count, batch):
-        numbers = [seed + n for n in range(first, first + batch)]
+        numbers = [seed * SEED_STEP + n for n in range(first, first + batch)]
         scenes = [world.training_scene(number) for number in numbers]
         openings = np.stack([world.draw_openings(number) for number in numbers])
         late = chunks > 1 and first // batch % 2 == 1

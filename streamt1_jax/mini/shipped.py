@@ -84,10 +84,12 @@ def _write(folder: Path, tensors: dict[str, np.ndarray], origin: dict[str, Any])
 
     partial = folder / f"{TENSORS}.partial"  # what stands there may be hours of training
     save_file(tensors, partial)
-    partial.replace(folder / TENSORS)
     networks = list(dict.fromkeys(name.partition("/")[0] for name in tensors))
-    manifest = {"file": TENSORS, "sha256": file_sha256(folder / TENSORS), "networks": networks, "origin": origin}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    manifest = {"file": TENSORS, "sha256": file_sha256(partial), "networks": networks, "origin": origin}
+    told = folder / f"{MANIFEST}.partial"
+    told.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / TENSORS)
+    told.replace(folder / MANIFEST)
 
 
 def _verify(folder: Path) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def _verify(folder: Path) -> dict[str, Any]:
     found = file_sha256(path) if path.is_file() else "missing"
     if found != manifest["sha256"]:
         raise WeightsError(
-            f"{path}: sha256 is {found}, the manifest says {manifest['sha256']}; install the package again"
+            f"{path}: sha256 is {found}, the manifest says {manifest['sha256']}; install the "
+            "package again, or let streamt1 train-mini --resume write them anew"
         )
     return manifest
 

@@ -11,11 +11,13 @@ rewards    one for frames, one for motion; they see pixels and captions alone, s
 
 import dataclasses
 import functools
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -39,8 +41,8 @@ from streamt1_jax.text import Tokenizer
 from streamt1_jax.weights import MiniWeights
 
 Report = Callable[[str, dict[str, float]], None]
-DIT_STAGES = ("first_chunks", "sequences", "dit_first", "dit_first_batch", "dit", "dit_batch", "chunks")
-REWARD_STAGES = ("reward_short", "reward_long")
+DIT_KEYS = ("first_chunks", "sequences", "dit_first", "dit_first_batch", "dit", "dit_batch", "chunks")
+REWARD_KEYS = ("reward_short", "reward_long")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Recipe:
         wrong = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) < 1]
         if wrong:
             raise BadInputError(f"{', '.join(wrong)} must be at least 1; leave the key out for its default")
+        if self.dit_first_batch > self.first_chunks or self.dit_batch > self.sequences:
+            raise BadInputError(
+                f"a batch cannot be larger than its set: dit_first_batch is {self.dit_first_batch} of first_chunks "
+                f"{self.first_chunks}, dit_batch {self.dit_batch} of sequences {self.sequences}"
+            )
 
     @classmethod
     def parse(cls, text: str | None) -> "Recipe":
@@ -72,14 +79,15 @@ class Recipe:
         Raises:
             BadInputError: an unknown name, or no whole number of at least 1.
         """
+        if not text:
+            return cls()
         known = [f.name for f in dataclasses.fields(cls)]
         found = {}
-        for pair in (text or "").split(","):
+        for pair in text.split(","):
             key, _, value = pair.partition("=")
-            if text and (key not in known or not value.isdecimal()):
+            if key not in known or not value.isdecimal():
                 raise BadInputError(f"--steps has {pair!r}, expected NAME=NUMBER with a name of {', '.join(known)}")
-            if text:
-                found[key] = int(value)
+            found[key] = int(value)
         return cls(**found)
 
 
@@ -94,8 +102,8 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
         BadInputError: checkpoints are there already and `resume` is False.
     """
     config = ModelConfig.mini()
-    out.mkdir(parents=True, exist_ok=True)
-
+    origin = _begin(out, recipe, seed, resume=resume)
+    _begin(out, recipe, seed, resume=resume, keys=REWARD_KEYS, options="--only rewards ")  # or it would fail at the end
     run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report)
     vae = run(vae_task("vae", config, steps=recipe.vae, decay_steps=2 * recipe.vae, batch=8, frames=5, crop=48))
     longer = functools.partial(vae_task, batch=4, crop=48)
@@ -104,8 +112,8 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
     vae = run(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
     made = _train_dit(vae, None, out, recipe, seed=seed, resume=resume, report=report)
-    save_mini(out, {"vae": vae, **made}, _origin(recipe, seed))
-    train_rewards(out, recipe, seed=seed, resume=resume, report=report)
+    save_mini(out, {"vae": vae, **made}, origin)
+    train_rewards(out, recipe, seed=seed, resume=True, report=report)
 
 
 def continue_dit(
@@ -128,10 +136,10 @@ def continue_dit(
     abstract = {name: network_graph(config, name, jnp.float32)[1] for name in ("vae", "dit", "text")}
     old = {name: load_mini(start, name, network) for name, network in abstract.items()}
     manifest = read_manifest(start)
-    out.mkdir(parents=True, exist_ok=True)
+    options, more = "--start DIR ", {"start_sha256": manifest["sha256"]}
+    record = _begin(out, recipe, seed, resume=resume, keys=DIT_KEYS, options=options, more=more)
     made = {name: old[name] for name in ("dit", "text")}
     made = _train_dit(old["vae"], made, out, recipe, seed=seed, resume=resume, report=report)
-    record = _origin(recipe, seed, stages=DIT_STAGES, options="--start DIR ") | {"start_sha256": manifest["sha256"]}
     copy_mini(start, out)
     add_to_mini(out, made, {"continued": [*manifest["origin"].get("continued", []), record]})
 
@@ -165,7 +173,7 @@ def train_rewards(
     The arguments are those of `train_mini`. The record of how they were made says on which share of held-out scenes
     the good video scores above one degraded in each way.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    origin = _begin(out, recipe, seed, resume=resume, keys=REWARD_KEYS, options="--only rewards ")
     stages: dict[Role, int] = {"short": recipe.reward_short, "long": recipe.reward_long}
     made, accuracy = {}, {}
     for role, steps in stages.items():
@@ -174,8 +182,7 @@ def train_rewards(
         accuracy[task.name] = accuracy_by_kind(role, made[task.name])
         if report is not None:
             report(f"{task.name}, held out", {"step": steps, "steps": steps} | accuracy[task.name])
-    origin = _origin(recipe, seed, stages=REWARD_STAGES, options="--only rewards ") | {"accuracy": accuracy}
-    add_to_mini(out, made, {"rewards": origin})
+    add_to_mini(out, made, {"rewards": origin | {"accuracy": accuracy}})
 
 
 def _fit(task: Task, *, out: Path, seed: int, resume: bool, report: Report | None) -> PyTree:
@@ -211,19 +218,39 @@ def _sequences(
         return Sequences(**{key: stored[key] for key in Sequences._fields})
 
 
-def _origin(recipe: Recipe, seed: int, *, stages: tuple[str, ...] = (), options: str = "") -> dict[str, Any]:
-    """How the weights were made; the commit is None outside a repository.
+def _begin(
+    out: Path,
+    recipe: Recipe,
+    seed: int,
+    *,
+    resume: bool,
+    keys: tuple[str, ...] = (),
+    options: str = "",
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """How weights are made, written to `<out>/run.json` before the first stage; a later call must be of the same run.
 
     Args:
-        stages: the recipe's numbers that matter; none named: all.
+        keys: numbers of the recipe that matter; none named: all.
         options: of the command, before the steps.
+        more: goes into the record.
+
+    Returns:
+        The record; its commit is None outside a repository, and ends in "-dirty" where files had changed.
+
+    Raises:
+        BadInputError: the folder holds a run of other numbers, or one of the same and `resume` is False.
     """
     commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     numbers = dataclasses.asdict(recipe).items()
-    steps = ",".join(f"{key}={value}" for key, value in numbers if not stages or key in stages)
-    return {
+    steps = ",".join(f"{key}={value}" for key, value in numbers if not keys or key in keys)
+    record = {
         "summary": f"trained on the little world (seed {seed})",
         "command": f"streamt1 train-mini {options}--steps {steps} --seed {seed}",
         "commit": commit.stdout.strip() or None,
@@ -231,4 +258,18 @@ def _origin(recipe: Recipe, seed: int, *, stages: tuple[str, ...] = (), options:
         "python": sys.version.split()[0],
         "jax": jax.__version__,
         "backend": jax.default_backend(),
+        **more,
     }
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ("run_rewards.json" if keys == REWARD_KEYS else "run.json")
+    if not path.exists():
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return record
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    other = [key for key in ("command", "start_sha256") if record.get(key) != earlier.get(key)]
+    if other:
+        said = "; ".join(f"{key} is {record.get(key)!r}, was {earlier.get(key)!r}" for key in other)
+        raise BadInputError(f"{out} holds another run: {said}; name another folder")
+    if not resume:
+        raise BadInputError(f"{out} holds this run already; pass --resume, or name another folder")
+    return earlier

@@ -145,8 +145,3 @@ def standardise(config: ModelConfig, params: PyTree, latents: Float[Array, "n F 
     post_quant["kernel"] = post_quant["kernel"].replace(kernel * size)
     post_quant["bias"] = post_quant["bias"].replace(bias - (new_shift * size) @ kernel)
     return params
-
-
-def psnr(a: Frames, b: Frames) -> Scalar:
-    """Peak signal-to-noise ratio in dB of two videos in [-1, 1]."""
-    return 10 * jnp.log10(4 / jnp.mean((a - b) ** 2))

@@ -16,7 +16,7 @@ from streamt1_jax.rewards.placement import eight_bit_library, needed_bytes, refu
 from streamt1_jax.rewards.published import FORMAT, PublishedRewards
 from streamt1_jax.rewards.registry import Role, resolve
 from streamt1_jax.settings import RewardsConfig, Settings
-from streamt1_jax.weights import default_dtype
+from streamt1_jax.weights import Weights, default_dtype
 
 
 def check_choice(config: RewardsConfig) -> PublishedRewards | None:
@@ -70,19 +70,24 @@ def leave_room(settings: Settings, model_of: Callable[[], ModelConfig], publishe
 
 
 def make_rewards(
-    config: RewardsConfig, prompts: PromptTable, published: PublishedRewards | None, *, default: str = "native"
+    config: RewardsConfig,
+    prompts: PromptTable,
+    published: PublishedRewards | None,
+    weights: Weights | None = None,
 ) -> tuple[Reward, Reward]:
     """Both rewards of a run; published models are loaded here, the memory for all of them checked first.
 
     Args:
         prompts: the table that the run's prompt indices point into.
         published: what `check_choice` returned.
-        default: what "default" stands for.
+        weights: of the model that is judged; None: "default" stands for "native".
     """
     if published is not None:
         published.check_fit(published_names(config))
     chosen = roles(config)
-    where: Any = {"device": config.device, "published": published, "mini": _mini_folder(config), "default": default}
+    where: Any = {"device": config.device, "published": published, "mini": _mini_folder(config)}
+    if weights is not None:
+        where |= {"default": weights.default_rewards, "mini": where["mini"] or weights.own_rewards}
     short, long = (resolve(chosen[role], role, prompts, **where) for role in chosen)
     return short, long
 
