@@ -47,9 +47,7 @@ def _brightness(videos, num_frames, prompt_index):
 REWARDS = tuple(Reward(name, _brightness, "uint8", "jax") for name in ("bright", "long_bright"))
 
 
-class FakeWeights:
-    default_rewards, own_rewards = "native", None
-
+class FakeWeights(SmallWeights):
     def describe(self) -> dict[str, Any]:
         return {"name": "fake"}
 
