@@ -1,6 +1,5 @@
 """The stages of a step, each its own compiled program: what measures or compares them runs `stream.step` by these."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -36,9 +35,9 @@ def commit(search, params, state, candidates, seen, scores, winners, kv, *, firs
     """`stream.commit`, which writes over what the next beams take from the winners, as the whole step does."""
     large = {name: getattr(winners, name) for name in ("parent", "window", "decoder")}
     rest = winners._replace(**dict.fromkeys(large))
-    # Of one beam, the parent is the state's own: what is given away must not be handed in a second time.
-    numbers = dataclasses.replace(state, beams=None)
-    return _commit(search, params, numbers, candidates, seen, scores, large, rest, kv, first=first)
+    # A single parent is `state.beams`, which is given away here and handed in at once: allowed, as `stream.commit` reads
+    # of the state only its numbers, and JAX leaves out of a program what it does not read.
+    return _commit(search, params, state, candidates, seen, scores, large, rest, kv, first=first)
 
 
 @functools.partial(jax.jit, static_argnames=("search", "first"), donate_argnames="large")
