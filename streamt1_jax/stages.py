@@ -35,8 +35,8 @@ def commit(search, params, state, candidates, seen, scores, winners, kv, *, firs
     """`stream.commit`, which writes over what the next beams take from the winners, as the whole step does."""
     large = {name: getattr(winners, name) for name in ("parent", "window", "decoder")}
     rest = winners._replace(**dict.fromkeys(large))
-    # A single parent is `state.beams`, which is given away here and handed in at once: allowed, as `stream.commit` reads
-    # of the state only its numbers, and JAX leaves out of a program what it does not read.
+    # A single parent is `state.beams`: given away here and handed in at once. That is allowed, as `stream.commit` reads
+    # only the numbers of the state, and JAX leaves out of a program what it does not read.
     return _commit(search, params, state, candidates, seen, scores, large, rest, kv, first=first)
 
 
