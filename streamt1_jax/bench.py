@@ -203,19 +203,22 @@ class Bench:
 
     def _host_bytes(self, search: Search, conditioning: Conditioning) -> int:
         """Bytes of one chunk's record, and of the frames that host rewards are sent, before they choose of them."""
+
+        def chunk(params, conditioning, state):
+            seen = {}
+
+            def call(stage, *args, **kwargs):
+                seen[stage] = stage(*args, **kwargs)
+                return seen[stage]
+
+            _, record = stream.step(search, params, conditioning, state, first=False, call=call)
+            watched = seen[stream.watch]
+            return record, short_frames(watched.chunk, search.config.search.short_reward_frames), watched.long
+
         state = jax.eval_shape(lambda: init_state(search, 0, 1))
-        step = jax.eval_shape(
-            lambda p, c, s: stream.step(search, p, c, s, first=False), self.params, conditioning, state
-        )
-        total = size_of(step[1])
-        candidates = jax.eval_shape(
-            lambda p, c, s: stream.propose(search, p, c, s, first=False), self.params, conditioning, state
-        )
-        seen = jax.eval_shape(
-            lambda p, s, made: stream.watch(search, p, s, made, first=False), self.params, state, candidates
-        )
-        shown = jax.eval_shape(lambda chunk: short_frames(chunk, search.config.search.short_reward_frames), seen.chunk)
-        for reward, video in ((search.short, shown), (search.long, seen.long)):
+        record, short, long = jax.eval_shape(chunk, self.params, conditioning, state)
+        total = size_of(record)
+        for reward, video in ((search.short, short), (search.long, long)):
             if reward.runs_on == "host":
                 total += video.size * (1 if reward.pixels == "uint8" else 4)
         return total

@@ -37,19 +37,22 @@ def comparison_table(summary: Summary) -> str:
         if against:
             lines += _markdown(f"{REFERENCE} less", against, summary["metrics"], _difference_cell)
             lines += ["", "Prompt by prompt; * where the interval leaves out 0. Above 0, Stream-T1 is better.", ""]
-        pairs = [pair for pair in summary["pairs"] if pair["budget"] == budget]
-        if pairs:
-            names = list(dict.fromkeys(pair["less"] for pair in pairs))
-            columns = [
-                {
-                    "method": name,
-                    "scores": {p["method"]: p["score"].get(summary["primary"]) for p in pairs if p["less"] == name},
-                }
-                for name in names
-            ]
-            rows = list(dict.fromkeys(pair["method"] for pair in pairs))
-            lines += [*_markdown(f"{summary['primary']}: row less column", columns, rows, _difference_cell), ""]
+        lines += _pairs(summary, budget)
     return "\n".join(lines).rstrip()
+
+
+def _pairs(summary: Summary, budget: int) -> list[str]:
+    """The primary metric of every method, less that of every method before it."""
+    columns: dict[str, Summary] = {}  # by the method that is subtracted
+    for pair in summary["pairs"]:
+        if pair["budget"] == budget:
+            column = columns.setdefault(pair["less"], {"method": pair["less"], "scores": {}})
+            column["scores"][pair["method"]] = pair["score"].get(summary["primary"])
+    if not columns:
+        return []
+    rows = list(dict.fromkeys(method for column in columns.values() for method in column["scores"]))
+    corner = f"{summary['primary']}: row less column"
+    return [*_markdown(corner, list(columns.values()), rows, _difference_cell), ""]
 
 
 def _heading(summary: Summary) -> str:
