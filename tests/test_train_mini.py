@@ -12,10 +12,10 @@ from scipy.stats import norm
 from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError, WeightsError
 from streamt1_jax.measure import compilation_cache
-from streamt1_jax.mini import shipped, world
+from streamt1_jax.mini import shipped, train_dit, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.train import Recipe, continue_dit
-from streamt1_jax.mini.train_dit import coupled_noise, dit_task
+from streamt1_jax.mini.train_dit import chunk_loss, coupled_noise, dit_task
 from streamt1_jax.mini.train_vae import standardise, vae_task
 from streamt1_jax.mini.training import Task, fit, init_train_state, make_train_step
 from streamt1_jax.networks import network_graph
@@ -183,6 +183,39 @@ def test_coupled_noise_says_the_openings_and_stays_normal():
         flat = read[:, channels].reshape(4000, -1)
         np.testing.assert_allclose(flat.mean(axis=0), 0.0, atol=0.07)
         np.testing.assert_allclose(np.cov(flat.T), np.eye(flat.shape[1]), atol=0.12)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("true_share", [0.0, 1.0])
+def test_a_chunk_is_trained_on_its_own_estimates(coupled, true_share, monkeypatch):
+    monkeypatch.setattr(train_dit, "TRUE_ESTIMATE_SHARE", true_share)
+    sigmas = (1.0, 0.9, 0.6)
+    clean, wrong = jax.random.normal(jax.random.key(0), (2, 3, 16, 10, 16))
+    openings = jnp.asarray(world.draw_openings(0), jnp.float32) if coupled else None
+    begun = []
+
+    def answer(chunk):
+        def denoise(noisy, level):
+            begun.append((level, noisy))
+            return (noisy - chunk) / sigmas[level]
+
+        return denoise
+
+    loss, made = chunk_loss(answer(clean), sigmas, clean, openings, jax.random.key(1))
+    np.testing.assert_allclose(loss, 0.0, atol=1e-10)
+    np.testing.assert_allclose(made, clean, atol=1e-5)
+
+    begun.clear()
+    loss, made = chunk_loss(answer(wrong), sigmas, clean, openings, jax.random.key(1))
+    np.testing.assert_allclose(loss, jnp.mean((wrong - clean) ** 2) * np.mean([s**-2 for s in sigmas]), rtol=1e-4)
+    np.testing.assert_allclose(made, wrong, atol=1e-5)
+    # Where the noise is coupled, the estimate for the second level comes from another draw at the first.
+    assert [level for level, _ in begun] == ([0, 0, 1, 2] if coupled else [0, 1, 2])
+    for level, noisy in begun[-2:]:
+        noise = (noisy - (1 - sigmas[level]) * (clean if true_share else wrong)) / sigmas[level]
+        for chunk in (clean, wrong):  # nothing of either is left
+            assert abs(float(jnp.sum(noise * chunk) / jnp.sum(chunk**2))) < 0.05
+        np.testing.assert_allclose(jnp.mean(noise**2), 1.0, atol=0.1)
 
 
 def test_recipe_names_are_checked():

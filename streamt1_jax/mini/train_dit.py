@@ -3,15 +3,19 @@
 A sequence is chunk 0 of a video and a run of later chunks, at once or some seconds on, as the sink and the window see
 them. It is trained in its order, as it would be generated:
 
-- *Few steps.* Every chunk is denoised at the noise levels of the few-step schedule, and only there.
-- *Own outputs as context* (Bengio et al. 2015, scheduled sampling, arXiv:1506.03099; Huang et al. 2025, Self Forcing,
-  arXiv:2506.08009). What enters the cache is in part the network's own one-step estimate of the chunk, in part the
-  true chunk with a little noise; the target stays the true next chunk, so errors of the context are corrected.
+- *Few steps, on its own estimates* (Huang et al. 2025, Self Forcing, arXiv:2506.08009). Every chunk is denoised as the
+  sampler does it, level by level, each from the network's own estimate of the level before and fresh noise. The target
+  stays the true chunk, so a level learns to mend what the one before it got wrong, which true chunks never show it.
+- *Own outputs as context* (Bengio et al. 2015, scheduled sampling, arXiv:1506.03099). What enters the cache is in part
+  the chunk so made, in part the true chunk with a little noise; errors of the context are mended in the same way.
 - *Coupled noise* (Pooladian et al. 2023, multisample flow matching, arXiv:2304.14772). In chunk 0 nothing but noise
   says where things start, and at high noise a regression answers with the mean of all places: a blur that a few
   steps do not mend. So at the two highest levels the noise is drawn given the places (`coupled_noise`). Over all
-  videos it stays normal, and the network has one sharp answer.
+  videos it stays normal, and the network has one sharp answer. At the second of them the estimate before, of which
+  little is left there, is one of unrelated noise: the sampler draws the noise of every level anew.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +35,13 @@ from streamt1_jax.schedule import few_step_schedule
 from streamt1_jax.types import Chunk, Scalar
 
 COUPLED_LEVELS = 2  # of the schedule, from the noisiest on
-# All goes on from chunk 0, for which there is nothing but noise and prompt, and whose passes are the cheapest.
-FIRST_CHUNK_WEIGHT, FIRST_CHUNK_DRAWS = 2.0, 3
+FIRST_CHUNK_WEIGHT = 2.0  # all goes on from chunk 0, for which there is nothing but noise and prompt
+TRUE_ESTIMATE_SHARE = 0.25  # of the levels that begin from the true chunk in place of an estimate
 CONTEXT_NOISE = 0.3  # at most; the sigma of what is added to a true chunk in the cache
 OWN_OUTPUT_SHARE = 0.4  # of the chunks in the cache
 APPENDED_SHARE = 0.3  # of the chunks that see a sink more
+
+Denoise = Callable[[Chunk, int], Chunk]  # (a noisy chunk, its level) -> flow
 
 
 def coupled_noise(noise: Float[Array, "f C h w"], openings: Float[Array, "2 6"]) -> Float[Array, "f C h w"]:
@@ -96,9 +102,8 @@ def dit_task(
     dit_graph, _ = network_graph(config, "dit", jnp.float32)
     text_graph, _ = network_graph(config, "text", jnp.float32)
     schedule = few_step_schedule(stream)
-    sigmas = jnp.asarray(schedule.sigmas, jnp.float32)
     timesteps = jnp.asarray(schedule.timesteps, jnp.float32)
-    chunks, half = data.latents.shape[1], len(schedule.sigmas) // 2
+    chunks = data.latents.shape[1]
 
     def init() -> PyTree:
         return jax.tree.map(jnp.copy, _random_start(config, seed) if start is None else start)
@@ -114,29 +119,18 @@ def dit_task(
         context_time = dit.encode_time(jnp.full((1,), stream.context_noise, jnp.float32))
         losses, caches = [], []
         for chunk in range(chunks):
-            key, key_level, key_noise, key_context, key_past = jax.random.split(key, 5)
+            key, key_levels, key_context, key_past = jax.random.split(key, 4)
             past = _past(caches, stream, key_past)
-            clean, start_frame = example.latents[chunk], example.start[chunk]
+            clean, start_frame = jnp.asarray(example.latents[chunk]), example.start[chunk]
 
-            def denoise(level, key, chunk=chunk, past=past, clean=clean, start_frame=start_frame):
-                noise = jax.random.normal(key, clean.shape)
-                if chunk == 0:
-                    noise = jnp.where(
-                        level < COUPLED_LEVELS, coupled_noise(noise, jnp.asarray(example.openings)), noise
-                    )
-                noisy = (1 - sigmas[level]) * clean + sigmas[level] * noise
-                flow = dit(noisy, jax.tree.map(lambda x: x[level][None], steps), text, past, start_frame)
-                return jnp.mean((flow - (noise - clean)) ** 2), noisy - sigmas[level] * flow
+            def denoise(noisy: Chunk, level: int, past=past, start_frame=start_frame) -> Chunk:
+                return dit(noisy, jax.tree.map(lambda x: x[level][None], steps), text, past, start_frame)
 
-            # One of the noisier levels and one of the others.
-            draws = FIRST_CHUNK_DRAWS if chunk == 0 else 1
-            low, high = (jnp.tile(jnp.array(ends), draws) for ends in ((0, half), (half, len(sigmas))))
-            levels = jax.random.randint(key_level, (2 * draws,), low, high)
-            loss, estimates = jax.vmap(denoise)(levels, jax.random.split(key_noise, 2 * draws))
-            losses.append(jnp.mean(loss))
+            openings = jnp.asarray(example.openings) if chunk == 0 else None
+            loss, made = chunk_loss(denoise, schedule.sigmas, clean, openings, key_levels)
+            losses.append(loss)
             if chunk + 1 < chunks:
-                seen = _context(clean, estimates[1], key_context)
-                caches.append(dit.context(seen, context_time, text, past, start_frame))
+                caches.append(dit.context(_context(clean, made, key_context), context_time, text, past, start_frame))
         weights = jnp.ones(chunks).at[0].set(FIRST_CHUNK_WEIGHT)
         if chunks > 1:  # after a gap in time the first chunk has no neighbour to go on from
             follows = example.start[1] == stream.latent_frames_per_chunk
@@ -166,6 +160,38 @@ def _random_start(config: ModelConfig, seed: int) -> PyTree:
     return made
 
 
+def chunk_loss(
+    denoise: Denoise, sigmas: tuple[float, ...], clean: Chunk, openings: Float[Array, "2 6"] | None, key: Array
+) -> tuple[Scalar, Chunk]:
+    """Denoises a chunk as the sampler does: from noise, level by level, each from its estimate of the clean chunk.
+
+    Args:
+        denoise: the flow at a level; a chunk and its flow are [f, C, h, w].
+        sigmas: of the levels, falling from 1.
+        clean: the true chunk.
+        openings: of the scene, to draw the noise of the first levels given them; None: all noise is independent.
+
+    Returns:
+        (mean loss of the levels, the chunk made). A level's loss is the mean square of what its estimate is off the
+        true chunk, over sigma: that of flow matching, where the noisy chunk was made of the true one.
+    """
+    losses, estimate = [], jnp.zeros_like(clean)  # nothing of it is left at the first level
+    for level, sigma in enumerate(sigmas):
+        key, key_noise, key_other, key_true = jax.random.split(key, 4)
+        noise = jax.random.normal(key_noise, clean.shape)
+        if openings is not None and level < COUPLED_LEVELS:
+            noise = coupled_noise(noise, openings)
+            if level > 0:
+                other = jax.random.normal(key_other, clean.shape)
+                estimate = jax.lax.stop_gradient(other - denoise(other, 0))
+        estimate = jnp.where(jax.random.bernoulli(key_true, TRUE_ESTIMATE_SHARE), clean, estimate)
+        noisy = (1 - sigma) * estimate + sigma * noise
+        flow = denoise(noisy, level)
+        losses.append(jnp.mean((flow - (noisy - clean) / sigma) ** 2))
+        estimate = jax.lax.stop_gradient(noisy - sigma * flow)
+    return jnp.mean(jnp.stack(losses)), estimate
+
+
 def _past(caches: list[KV], stream: StreamConfig, key: Array) -> Past | None:
     """What the next chunk attends to: the sinks, the window, and at times one older chunk, as an appended sink."""
     if not caches:
@@ -184,10 +210,10 @@ def _past(caches: list[KV], stream: StreamConfig, key: Array) -> Past | None:
     return Past(KV(*(jnp.concatenate(leaves, axis=1) for leaves in zip(*seen, strict=True))), length)
 
 
-def _context(clean: Chunk, estimate: Chunk, key: Array) -> Chunk:
-    """What enters the cache: the network's own estimate, or the true chunk with a little noise."""
+def _context(clean: Chunk, made: Chunk, key: Array) -> Chunk:
+    """What enters the cache: the network's own chunk, or the true one with a little noise."""
     key_own, key_size, key_noise = jax.random.split(key, 3)
     sigma = jnp.maximum(jax.random.uniform(key_size, minval=-CONTEXT_NOISE, maxval=CONTEXT_NOISE), 0.0)
     noisy = clean + sigma * jax.random.normal(key_noise, clean.shape)
     own = jax.random.bernoulli(key_own, OWN_OUTPUT_SHARE)
-    return jnp.where(own, jax.lax.stop_gradient(estimate), noisy)
+    return jnp.where(own, made, noisy)
