@@ -12,10 +12,10 @@ from scipy.stats import norm
 from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError, WeightsError
 from streamt1_jax.measure import compilation_cache
-from streamt1_jax.mini import shipped, train_dit, world
+from streamt1_jax.mini import shipped, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.train import Recipe, continue_dit
-from streamt1_jax.mini.train_dit import chunk_loss, coupled_noise, dit_task
+from streamt1_jax.mini.train_dit import coupled_noise, dit_task, first_chunk_start
 from streamt1_jax.mini.train_vae import standardise, vae_task
 from streamt1_jax.mini.training import Task, fit, init_train_state, make_train_step
 from streamt1_jax.networks import network_graph
@@ -185,37 +185,40 @@ def test_coupled_noise_says_the_openings_and_stays_normal():
         np.testing.assert_allclose(np.cov(flat.T), np.eye(flat.shape[1]), atol=0.12)
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-@pytest.mark.parametrize("true_share", [0.0, 1.0])
-def test_a_chunk_is_trained_on_its_own_estimates(coupled, true_share, monkeypatch):
-    monkeypatch.setattr(train_dit, "TRUE_ESTIMATE_SHARE", true_share)
-    sigmas = (1.0, 0.9, 0.6)
-    clean, wrong = jax.random.normal(jax.random.key(0), (2, 3, 16, 10, 16))
-    openings = jnp.asarray(world.draw_openings(0), jnp.float32) if coupled else None
-    begun = []
+def test_chunk_0_begins_as_the_sampler_brings_it(sequences):
+    example = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), sequences)
+    clean, other, guessed = example.latents[0], example.other_looks, jnp.full_like(example.latents[0], 0.5)
+    keys = jax.random.split(jax.random.key(0), 64)
 
-    def answer(chunk):
-        def denoise(noisy, level):
-            begun.append((level, noisy))
-            return (noisy - chunk) / sigmas[level]
+    def flow(noisy, level):  # always answers `guessed`, which only the first level is asked for
+        return jnp.where(level == 0, noisy - guessed, jnp.nan)
 
-        return denoise
+    begun, noises = jax.jit(jax.vmap(lambda key: first_chunk_start(example, flow, jnp.arange(4), key)))(keys)
+    np.testing.assert_allclose(begun[:, :2], jnp.broadcast_to(guessed, begun[:, :2].shape), atol=1e-5)
+    # At the lower levels: the true chunk, or something on the way to the one of other looks.
+    way = np.asarray(other - clean)
+    share = np.einsum("nlfchw,fchw->nl", begun[:, 2:] - clean, way) / np.sum(way**2)
+    np.testing.assert_allclose(begun[:, 2:], clean + share[..., None, None, None, None] * way, atol=1e-4)
+    assert 0.3 < np.mean(share < 1e-6) < 0.5
+    assert share.min() > -1e-6
+    assert 0.8 < share.max() < 1
+    # The noise says the openings where it is coupled, and nothing anywhere else.
+    for level, says in enumerate((True, True, False, False)):
+        said = jax.vmap(coupled_noise, in_axes=(0, None))(noises[:, level], example.openings)
+        assert bool(jnp.allclose(said, noises[:, level], atol=1e-5)) == says
 
-    loss, made = chunk_loss(answer(clean), sigmas, clean, openings, jax.random.key(1))
-    np.testing.assert_allclose(loss, 0.0, atol=1e-10)
-    np.testing.assert_allclose(made, clean, atol=1e-5)
 
-    begun.clear()
-    loss, made = chunk_loss(answer(wrong), sigmas, clean, openings, jax.random.key(1))
-    np.testing.assert_allclose(loss, jnp.mean((wrong - clean) ** 2) * np.mean([s**-2 for s in sigmas]), rtol=1e-4)
-    np.testing.assert_allclose(made, wrong, atol=1e-5)
-    # Where the noise is coupled, the estimate for the second level comes from another draw at the first.
-    assert [level for level, _ in begun] == ([0, 0, 1, 2] if coupled else [0, 1, 2])
-    for level, noisy in begun[-2:]:
-        noise = (noisy - (1 - sigmas[level]) * (clean if true_share else wrong)) / sigmas[level]
-        for chunk in (clean, wrong):  # nothing of either is left
-            assert abs(float(jnp.sum(noise * chunk) / jnp.sum(chunk**2))) < 0.05
-        np.testing.assert_allclose(jnp.mean(noise**2), 1.0, atol=0.1)
+def test_other_looks_keep_motions_and_background():
+    scenes = [world.random_scene(seed) for seed in range(200)]
+    changed = [world.other_looks(scene, seed) for seed, scene in enumerate(scenes)]
+    looks = {key: [] for key in ("colour", "shape", "size")}
+    for old, new in zip(scenes, changed, strict=True):
+        assert new.background == old.background
+        assert [(t.motion, t.speed) for t in new.things] == [(t.motion, t.speed) for t in old.things]
+        for key, kept in looks.items():
+            kept += [getattr(a, key) == getattr(b, key) for a, b in zip(old.things, new.things, strict=True)]
+    assert all(0.45 < np.mean(kept) < 0.75 for kept in looks.values())
+    assert changed[3] == world.other_looks(scenes[3], 3)
 
 
 def test_recipe_names_are_checked():

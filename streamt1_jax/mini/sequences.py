@@ -29,6 +29,7 @@ class Sequences(NamedTuple):
     latents: Float[HostOrDevice, "n c f C h w"]  # chunk 0, then a run of neighbours
     start: Int[HostOrDevice, "n c"]  # first latent frame of each chunk
     openings: Float[HostOrDevice, "n 2 6"]  # of the scene: where things are in chunk 0
+    other_looks: Float[HostOrDevice, "n f C h w"]  # chunk 0, if things looked otherwise
     tokens: Int[HostOrDevice, "n P"]
     mask: Int[HostOrDevice, "n P"]
 
@@ -54,19 +55,25 @@ def encode_sequences(
         late: jax.jit(jax.vmap(functools.partial(_encode, config, chunks, late), in_axes=(None, 0, 0)))
         for late in (False, True)
     }
+    encode_first = jax.jit(jax.vmap(functools.partial(_encode_first, config), in_axes=(None, 0)))
     parts = []
     for first in range(0, count, batch):
         numbers = [seed * SEED_STEP + n for n in range(first, first + batch)]
         scenes = [world.training_scene(number) for number in numbers]
         openings = np.stack([world.draw_openings(number) for number in numbers])
         late = chunks > 1 and first // batch % 2 == 1
+        others = [world.other_looks(*pair) for pair in zip(scenes, numbers, strict=True)]
         runs = np.random.default_rng((seed, first)).integers(*(LATE_CHUNKS if late else (1, 2)), batch, np.int32)
-        placed = world.stack([world.place(*pair) for pair in zip(scenes, openings, strict=True)])
+        placed, placed_others = (
+            world.stack([world.place(*pair) for pair in zip(of, openings, strict=True)]) for of in (scenes, others)
+        )
         latents = np.asarray(encode[late](vae, placed, runs))
+        other_looks = np.asarray(encode_first(vae, placed_others))
         start = CHUNK * np.concatenate([np.zeros((batch, 1), np.int32), runs[:, None] + np.arange(chunks - 1)], axis=1)
         prompts = [tokenizer(scene.caption()) for scene in scenes]
         ids, mask = (np.stack([getattr(prompt, key) for prompt in prompts]) for key in ("ids", "mask"))
-        parts.append(Sequences(latents, start.astype(np.int32), openings.astype(np.float32), ids, mask))
+        starts = start.astype(np.int32)
+        parts.append(Sequences(latents, starts, openings.astype(np.float32), other_looks, ids, mask))
         report(min(first + batch, count))
     return Sequences(*(np.concatenate(leaves)[:count] for leaves in zip(*parts, strict=True)))
 
@@ -75,11 +82,20 @@ def _encode(
     config: ModelConfig, chunks: int, late: bool, vae: PyTree, placed: world.Placed, run: Array
 ) -> Float[Array, "c f C h w"]:
     """Latents of chunk 0 and of the run from chunk `run` on, which is 1 unless `late`."""
-    encoder = nnx.merge(network_graph(config, "vae", jnp.float32)[0], vae).encoder
+    encoder = _encoder(config, vae)
     before = LATE_PIXELS if late else FIRST_PIXELS
     begin = FIRST_PIXELS + CHUNK_PIXELS * (run - 1) - before
     pixels = before + CHUNK_PIXELS * (chunks - 1)
     latents = encoder.encode(world.render(placed, begin + jnp.arange(pixels)))
     of_run = latents[len(latents) - CHUNK * (chunks - 1) :]
-    first = encoder.encode(world.render(placed, jnp.arange(FIRST_PIXELS))) if late else latents[:CHUNK]
+    first = _encode_first(config, vae, placed) if late else latents[:CHUNK]
     return jnp.concatenate([first, of_run]).reshape(chunks, CHUNK, *latents.shape[1:])
+
+
+def _encode_first(config: ModelConfig, vae: PyTree, placed: world.Placed) -> Float[Array, "f C h w"]:
+    """Latents of chunk 0."""
+    return _encoder(config, vae).encode(world.render(placed, jnp.arange(FIRST_PIXELS)))
+
+
+def _encoder(config: ModelConfig, vae: PyTree):
+    return nnx.merge(network_graph(config, "vae", jnp.float32)[0], vae).encoder

@@ -3,18 +3,21 @@
 A sequence is chunk 0 of a video and a run of later chunks, at once or some seconds on, as the sink and the window see
 them. It is trained in its order, as it would be generated:
 
-- *Few steps, on its own estimates* (Huang et al. 2025, Self Forcing, arXiv:2506.08009). Every chunk is denoised as the
-  sampler does it, level by level, each from the network's own estimate of the level before and fresh noise. The target
-  stays the true chunk, so a level learns to mend what the one before it got wrong, which true chunks never show it.
-- *Own outputs as context* (Bengio et al. 2015, scheduled sampling, arXiv:1506.03099). What enters the cache is in part
-  the chunk so made, in part the true chunk with a little noise; errors of the context are mended in the same way.
+- *Few steps.* Every chunk is denoised at the noise levels of the few-step schedule, and only there.
+- *Own outputs as context* (Bengio et al. 2015, scheduled sampling, arXiv:1506.03099; Huang et al. 2025, Self Forcing,
+  arXiv:2506.08009). What enters the cache is in part the network's own one-step estimate of the chunk, in part the
+  true chunk with a little noise; the target stays the true next chunk, so errors of the context are corrected.
 - *Coupled noise* (Pooladian et al. 2023, multisample flow matching, arXiv:2304.14772). In chunk 0 nothing but noise
   says where things start, and at high noise a regression answers with the mean of all places: a blur that a few
   steps do not mend. So at the two highest levels the noise is drawn given the places (`coupled_noise`). Over all
-  videos it stays normal, and the network has one sharp answer. At the second of them the estimate before, of which
-  little is left there, is one of unrelated noise: the sampler draws the noise of every level anew.
+  videos it stays normal, and the network has one sharp answer.
+- *Estimates as the sampler brings them* (`first_chunk_start`). A level of chunk 0 begins from the estimate of the one
+  before, which is less than true: at the second level it is one of unrelated noise, as the sampler draws the noise of
+  every level anew; at the lower ones things are where they should be and do not look as the caption says. The
+  network's own estimates do not serve there: what they have lost cannot be known, so a regression leaves it out.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -22,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from streamt1_jax.config import PATCH, ModelConfig, StreamConfig
 from streamt1_jax.mini.sequences import Sequences
@@ -36,12 +39,11 @@ from streamt1_jax.types import Chunk, Scalar
 
 COUPLED_LEVELS = 2  # of the schedule, from the noisiest on
 FIRST_CHUNK_WEIGHT = 2.0  # all goes on from chunk 0, for which there is nothing but noise and prompt
-TRUE_ESTIMATE_SHARE = 0.25  # of the levels that begin from the true chunk in place of an estimate
+FIRST_LEVEL_SHARE = 0.25  # of the coupled draws of chunk 0; of the first level's estimate hardly anything is left later
+OTHER_LOOKS_SHARE = 0.6  # of the draws of chunk 0 at lower levels that begin from things of other looks
 CONTEXT_NOISE = 0.3  # at most; the sigma of what is added to a true chunk in the cache
 OWN_OUTPUT_SHARE = 0.4  # of the chunks in the cache
 APPENDED_SHARE = 0.3  # of the chunks that see a sink more
-
-Denoise = Callable[[Chunk, int], Chunk]  # (a noisy chunk, its level) -> flow
 
 
 def coupled_noise(noise: Float[Array, "f C h w"], openings: Float[Array, "2 6"]) -> Float[Array, "f C h w"]:
@@ -102,6 +104,7 @@ def dit_task(
     dit_graph, _ = network_graph(config, "dit", jnp.float32)
     text_graph, _ = network_graph(config, "text", jnp.float32)
     schedule = few_step_schedule(stream)
+    sigmas = jnp.asarray(schedule.sigmas, jnp.float32)
     timesteps = jnp.asarray(schedule.timesteps, jnp.float32)
     chunks = data.latents.shape[1]
 
@@ -110,27 +113,32 @@ def dit_task(
 
     def one(params: PyTree, example: Sequences, key: Array) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
         """(loss, weight) of every chunk of one sequence."""
+        example = jax.tree.map(jnp.asarray, example)
         dit = nnx.merge(dit_graph, params["dit"])
         dit.unroll = config.dit.num_layers  # its gradient need not gather what every turn of a loop has kept
-        text = dit.encode_text(
-            encode_prompt(nnx.merge(text_graph, params["text"]), *map(jnp.asarray, (example.tokens, example.mask)))
-        )
+        text = dit.encode_text(encode_prompt(nnx.merge(text_graph, params["text"]), example.tokens, example.mask))
         steps = dit.encode_time(timesteps)
         context_time = dit.encode_time(jnp.full((1,), stream.context_noise, jnp.float32))
         losses, caches = [], []
         for chunk in range(chunks):
-            key, key_levels, key_context, key_past = jax.random.split(key, 4)
+            key, key_levels, key_start, key_context, key_past = jax.random.split(key, 5)
             past = _past(caches, stream, key_past)
-            clean, start_frame = jnp.asarray(example.latents[chunk]), example.start[chunk]
+            clean, start_frame = example.latents[chunk], example.start[chunk]
 
-            def denoise(noisy: Chunk, level: int, past=past, start_frame=start_frame) -> Chunk:
+            def flow(noisy: Chunk, level: Array, past=past, start_frame=start_frame) -> Chunk:
                 return dit(noisy, jax.tree.map(lambda x: x[level][None], steps), text, past, start_frame)
 
-            openings = jnp.asarray(example.openings) if chunk == 0 else None
-            loss, made = chunk_loss(denoise, schedule.sigmas, clean, openings, key_levels)
-            losses.append(loss)
+            levels = _draw_levels(len(sigmas), key_levels, first=chunk == 0)
+            if chunk == 0:
+                starts = first_chunk_start(example, flow, levels, key_start)
+            else:
+                noises = jax.random.normal(key_start, (len(levels), *clean.shape))
+                starts = jnp.broadcast_to(clean, noises.shape), noises
+            loss, estimates = jax.vmap(functools.partial(_flow_loss, flow, sigmas, clean))(levels, *starts)
+            losses.append(jnp.mean(loss))
             if chunk + 1 < chunks:
-                caches.append(dit.context(_context(clean, made, key_context), context_time, text, past, start_frame))
+                seen = _context(clean, estimates[-1], key_context)
+                caches.append(dit.context(seen, context_time, text, past, start_frame))
         weights = jnp.ones(chunks).at[0].set(FIRST_CHUNK_WEIGHT)
         if chunks > 1:  # after a gap in time the first chunk has no neighbour to go on from
             follows = example.start[1] == stream.latent_frames_per_chunk
@@ -160,36 +168,50 @@ def _random_start(config: ModelConfig, seed: int) -> PyTree:
     return made
 
 
-def chunk_loss(
-    denoise: Denoise, sigmas: tuple[float, ...], clean: Chunk, openings: Float[Array, "2 6"] | None, key: Array
-) -> tuple[Scalar, Chunk]:
-    """Denoises a chunk as the sampler does: from noise, level by level, each from its estimate of the clean chunk.
+def _draw_levels(count: int, key: Array, *, first: bool) -> Int[Array, "2"]:
+    """One of the noisier half of `count` levels and one of the others."""
+    key_high, key_low, key_first = jax.random.split(key, 3)
+    noisier = jax.random.randint(key_high, (), 0, count // 2)
+    if first:
+        noisier = jnp.where(jax.random.bernoulli(key_first, FIRST_LEVEL_SHARE), 0, 1)
+    return jnp.stack([noisier, jax.random.randint(key_low, (), count // 2, count)])
+
+
+def first_chunk_start(
+    example: Sequences, flow: Callable[[Chunk, Array], Chunk], levels: Int[Array, " l"], key: Array
+) -> tuple[Float[Array, "l f C h w"], Float[Array, "l f C h w"]]:
+    """(estimates, noises) that chunk 0 of `example` begins from at each of `levels`.
 
     Args:
-        denoise: the flow at a level; a chunk and its flow are [f, C, h, w].
-        sigmas: of the levels, falling from 1.
-        clean: the true chunk.
-        openings: of the scene, to draw the noise of the first levels given them; None: all noise is independent.
-
-    Returns:
-        (mean loss of the levels, the chunk made). A level's loss is the mean square of what its estimate is off the
-        true chunk, over sigma: that of flow matching, where the noisy chunk was made of the true one.
+        flow: of a noisy chunk at a level, by the network as it is.
     """
-    losses, estimate = [], jnp.zeros_like(clean)  # nothing of it is left at the first level
-    for level, sigma in enumerate(sigmas):
-        key, key_noise, key_other, key_true = jax.random.split(key, 4)
+    clean, other = example.latents[0], example.other_looks
+    key_guess, key_starts = jax.random.split(key)
+    unrelated = jax.random.normal(key_guess, clean.shape)
+    guess = jax.lax.stop_gradient(unrelated - flow(unrelated, jnp.int32(0)))  # sigma is 1 at the first level
+
+    def start(level: Array, key: Array) -> tuple[Chunk, Chunk]:
+        key_noise, key_share, key_whether = jax.random.split(key, 3)
         noise = jax.random.normal(key_noise, clean.shape)
-        if openings is not None and level < COUPLED_LEVELS:
-            noise = coupled_noise(noise, openings)
-            if level > 0:
-                other = jax.random.normal(key_other, clean.shape)
-                estimate = jax.lax.stop_gradient(other - denoise(other, 0))
-        estimate = jnp.where(jax.random.bernoulli(key_true, TRUE_ESTIMATE_SHARE), clean, estimate)
-        noisy = (1 - sigma) * estimate + sigma * noise
-        flow = denoise(noisy, level)
-        losses.append(jnp.mean((flow - (noisy - clean) / sigma) ** 2))
-        estimate = jax.lax.stop_gradient(noisy - sigma * flow)
-    return jnp.mean(jnp.stack(losses)), estimate
+        coupled = level < COUPLED_LEVELS
+        share = jax.random.uniform(key_share) * jax.random.bernoulli(key_whether, OTHER_LOOKS_SHARE).astype(jnp.float32)
+        estimate = jnp.where(coupled, guess, clean + share * (other - clean))
+        return estimate, jnp.where(coupled, coupled_noise(noise, example.openings), noise)
+
+    return jax.vmap(start)(levels, jax.random.split(key_starts, len(levels)))
+
+
+def _flow_loss(
+    flow: Callable[[Chunk, Array], Chunk], sigmas: Array, clean: Chunk, level: Array, begun: Chunk, noise: Chunk
+) -> tuple[Scalar, Chunk]:
+    """(loss, estimate of the clean chunk) at a level that begins from the estimate `begun` and noise.
+
+    The loss is the mean square of what the estimate is off the true chunk, over sigma: that of flow matching, where
+    `begun` is the true chunk.
+    """
+    noisy = (1 - sigmas[level]) * begun + sigmas[level] * noise
+    found = flow(noisy, level)
+    return jnp.mean((found - (noisy - clean) / sigmas[level]) ** 2), noisy - sigmas[level] * found
 
 
 def _past(caches: list[KV], stream: StreamConfig, key: Array) -> Past | None:
@@ -210,10 +232,10 @@ def _past(caches: list[KV], stream: StreamConfig, key: Array) -> Past | None:
     return Past(KV(*(jnp.concatenate(leaves, axis=1) for leaves in zip(*seen, strict=True))), length)
 
 
-def _context(clean: Chunk, made: Chunk, key: Array) -> Chunk:
-    """What enters the cache: the network's own chunk, or the true one with a little noise."""
+def _context(clean: Chunk, estimate: Chunk, key: Array) -> Chunk:
+    """What enters the cache: the network's own estimate, or the true chunk with a little noise."""
     key_own, key_size, key_noise = jax.random.split(key, 3)
     sigma = jnp.maximum(jax.random.uniform(key_size, minval=-CONTEXT_NOISE, maxval=CONTEXT_NOISE), 0.0)
     noisy = clean + sigma * jax.random.normal(key_noise, clean.shape)
     own = jax.random.bernoulli(key_own, OWN_OUTPUT_SHARE)
-    return jnp.where(own, made, noisy)
+    return jnp.where(own, jax.lax.stop_gradient(estimate), noisy)

@@ -11,6 +11,7 @@
 >>> video = render(place(scene, draw_openings(seed=7)), jnp.arange(81))              # [81, 80, 128, 3] in [-1, 1]
 """
 
+import dataclasses
 import itertools
 import math
 import random
@@ -112,6 +113,17 @@ def _random_thing(rng: random.Random, colour: str) -> Thing:
     shape = rng.choice([shape for shape in SHAPES if motion != "spins" or shape not in ("circle", "ring")])
     speed = rng.choice(list(SPEEDS)) if motion in MOVES or motion == "bounces" else ""
     return Thing(colour, shape, motion, rng.choice(list(SIZES)), speed)
+
+
+def other_looks(scene: Scene, seed: int) -> Scene:
+    """The same motions before the same background, by things of other colours, shapes and sizes, or some of these."""
+    rng = random.Random(seed)
+    words = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
+
+    def changed(thing: Thing) -> Thing:
+        return dataclasses.replace(thing, **{k: rng.choice(v) for k, v in words.items() if rng.random() < 0.5})
+
+    return dataclasses.replace(scene, things=tuple(changed(thing) for thing in scene.things))
 
 
 def parse_caption(caption: str) -> Scene:
