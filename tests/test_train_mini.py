@@ -1,6 +1,7 @@
 """Training the embedded model: the shared loop, one step of each network, the noise of chunk 0, the recipe."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +194,8 @@ def test_chunk_0_begins_as_the_sampler_brings_it(sequences):
     def flow(noisy, level):  # always answers `guessed`, which only the first level is asked for
         return jnp.where(level == 0, noisy - guessed, jnp.nan)
 
-    begun, noises = jax.jit(jax.vmap(lambda key: first_chunk_start(example, flow, jnp.arange(4), key)))(keys)
+    start = functools.partial(first_chunk_start, flow, clean, other, example.openings, jnp.arange(4))
+    begun, noises = jax.jit(jax.vmap(start))(keys)
     np.testing.assert_allclose(begun[:, :2], jnp.broadcast_to(guessed, begun[:, :2].shape), atol=1e-5)
     # At the lower levels: the true chunk, or something on the way to the one of other looks.
     way = np.asarray(other - clean)

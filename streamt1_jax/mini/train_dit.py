@@ -45,6 +45,8 @@ CONTEXT_NOISE = 0.3  # at most; the sigma of what is added to a true chunk in th
 OWN_OUTPUT_SHARE = 0.4  # of the chunks in the cache
 APPENDED_SHARE = 0.3  # of the chunks that see a sink more
 
+Flow = Callable[[Chunk, Array], Chunk]  # of a noisy chunk at a level of the schedule
+
 
 def coupled_noise(noise: Float[Array, "f C h w"], openings: Float[Array, "2 6"]) -> Float[Array, "f C h w"]:
     """`noise` that says where and how the two things start, and is still normal over all openings.
@@ -103,47 +105,14 @@ def dit_task(
     """
     dit_graph, _ = network_graph(config, "dit", jnp.float32)
     text_graph, _ = network_graph(config, "text", jnp.float32)
-    schedule = few_step_schedule(stream)
-    sigmas = jnp.asarray(schedule.sigmas, jnp.float32)
-    timesteps = jnp.asarray(schedule.timesteps, jnp.float32)
-    chunks = data.latents.shape[1]
 
     def init() -> PyTree:
         return jax.tree.map(jnp.copy, _random_start(config, seed) if start is None else start)
 
     def one(params: PyTree, example: Sequences, key: Array) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-        """(loss, weight) of every chunk of one sequence."""
-        example = jax.tree.map(jnp.asarray, example)
         dit = nnx.merge(dit_graph, params["dit"])
         dit.unroll = config.dit.num_layers  # its gradient need not gather what every turn of a loop has kept
-        text = dit.encode_text(encode_prompt(nnx.merge(text_graph, params["text"]), example.tokens, example.mask))
-        steps = dit.encode_time(timesteps)
-        context_time = dit.encode_time(jnp.full((1,), stream.context_noise, jnp.float32))
-        losses, caches = [], []
-        for chunk in range(chunks):
-            key, key_levels, key_start, key_context, key_past = jax.random.split(key, 5)
-            past = _past(caches, stream, key_past)
-            clean, start_frame = example.latents[chunk], example.start[chunk]
-
-            def flow(noisy: Chunk, level: Array, past=past, start_frame=start_frame) -> Chunk:
-                return dit(noisy, jax.tree.map(lambda x: x[level][None], steps), text, past, start_frame)
-
-            levels = _draw_levels(len(sigmas), key_levels, first=chunk == 0)
-            if chunk == 0:
-                starts = first_chunk_start(example, flow, levels, key_start)
-            else:
-                noises = jax.random.normal(key_start, (len(levels), *clean.shape))
-                starts = jnp.broadcast_to(clean, noises.shape), noises
-            loss, estimates = jax.vmap(functools.partial(_flow_loss, flow, sigmas, clean))(levels, *starts)
-            losses.append(jnp.mean(loss))
-            if chunk + 1 < chunks:
-                seen = _context(clean, estimates[-1], key_context)
-                caches.append(dit.context(seen, context_time, text, past, start_frame))
-        weights = jnp.ones(chunks).at[0].set(FIRST_CHUNK_WEIGHT)
-        if chunks > 1:  # after a gap in time the first chunk has no neighbour to go on from
-            follows = example.start[1] == stream.latent_frames_per_chunk
-            weights = weights.at[1].set(follows.astype(jnp.float32))
-        return jnp.stack(losses), weights
+        return sequence_losses(dit, nnx.merge(text_graph, params["text"]), stream, example, key)
 
     def loss(params: PyTree, examples: Sequences, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
         keys = jax.random.split(key, batch)
@@ -156,6 +125,48 @@ def dit_task(
         return Sequences(*(leaf[np.sort(rows)] for leaf in data))
 
     return Task(name, init, draw, loss, steps, learning_rate=2e-3)
+
+
+def sequence_losses(
+    dit: CausalWanDiT, encoder: UMT5Encoder, stream: StreamConfig, example: Sequences, key: Array
+) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """(loss, weight) of every chunk of one sequence, each with those before it in the cache.
+
+    Args:
+        example: without its leading axis.
+    """
+    latents, other_looks, openings, tokens, mask = map(
+        jnp.asarray, (example.latents, example.other_looks, example.openings, example.tokens, example.mask)
+    )
+    schedule = few_step_schedule(stream)
+    sigmas = jnp.asarray(schedule.sigmas, jnp.float32)
+    steps = dit.encode_time(jnp.asarray(schedule.timesteps, jnp.float32))
+    context_time = dit.encode_time(jnp.full((1,), stream.context_noise, jnp.float32))
+    text = dit.encode_text(encode_prompt(encoder, tokens, mask))
+    losses, caches = [], []
+    for chunk, clean in enumerate(latents):
+        key, key_levels, key_start, key_context, key_past = jax.random.split(key, 5)
+        past, start_frame = _past(caches, stream, key_past), example.start[chunk]
+
+        def flow(noisy: Chunk, level: Array, past=past, start_frame=start_frame) -> Chunk:
+            return dit(noisy, jax.tree.map(lambda x: x[level][None], steps), text, past, start_frame)
+
+        levels = _draw_levels(len(sigmas), key_levels, first=chunk == 0)
+        if chunk == 0:
+            begun, noises = first_chunk_start(flow, clean, other_looks, openings, levels, key_start)
+        else:
+            noises = jax.random.normal(key_start, (len(levels), *clean.shape))
+            begun = jnp.broadcast_to(clean, noises.shape)
+        loss, estimates = jax.vmap(functools.partial(_flow_loss, flow, sigmas, clean))(levels, begun, noises)
+        losses.append(jnp.mean(loss))
+        if chunk + 1 < len(latents):
+            seen = _context(clean, estimates[-1], key_context)
+            caches.append(dit.context(seen, context_time, text, past, start_frame))
+    weights = jnp.ones(len(latents)).at[0].set(FIRST_CHUNK_WEIGHT)
+    if len(latents) > 1:  # after a gap in time the first chunk has no neighbour to go on from
+        follows = example.start[1] == stream.latent_frames_per_chunk
+        weights = weights.at[1].set(follows.astype(jnp.float32))
+    return jnp.stack(losses), weights
 
 
 def _random_start(config: ModelConfig, seed: int) -> PyTree:
@@ -178,14 +189,16 @@ def _draw_levels(count: int, key: Array, *, first: bool) -> Int[Array, "2"]:
 
 
 def first_chunk_start(
-    example: Sequences, flow: Callable[[Chunk, Array], Chunk], levels: Int[Array, " l"], key: Array
+    flow: Flow, clean: Chunk, other_looks: Chunk, openings: Float[Array, "2 6"], levels: Int[Array, " l"], key: Array
 ) -> tuple[Float[Array, "l f C h w"], Float[Array, "l f C h w"]]:
-    """(estimates, noises) that chunk 0 of `example` begins from at each of `levels`.
+    """(estimates, noises) that chunk 0 begins from at each of `levels`.
 
     Args:
-        flow: of a noisy chunk at a level, by the network as it is.
+        flow: by the network as it is.
+        clean: the true chunk.
+        other_looks: the same, if things looked otherwise.
+        openings: of the scene.
     """
-    clean, other = example.latents[0], example.other_looks
     key_guess, key_starts = jax.random.split(key)
     unrelated = jax.random.normal(key_guess, clean.shape)
     guess = jax.lax.stop_gradient(unrelated - flow(unrelated, jnp.int32(0)))  # sigma is 1 at the first level
@@ -195,14 +208,14 @@ def first_chunk_start(
         noise = jax.random.normal(key_noise, clean.shape)
         coupled = level < COUPLED_LEVELS
         share = jax.random.uniform(key_share) * jax.random.bernoulli(key_whether, OTHER_LOOKS_SHARE).astype(jnp.float32)
-        estimate = jnp.where(coupled, guess, clean + share * (other - clean))
-        return estimate, jnp.where(coupled, coupled_noise(noise, example.openings), noise)
+        estimate = jnp.where(coupled, guess, clean + share * (other_looks - clean))
+        return estimate, jnp.where(coupled, coupled_noise(noise, openings), noise)
 
     return jax.vmap(start)(levels, jax.random.split(key_starts, len(levels)))
 
 
 def _flow_loss(
-    flow: Callable[[Chunk, Array], Chunk], sigmas: Array, clean: Chunk, level: Array, begun: Chunk, noise: Chunk
+    flow: Flow, sigmas: Array, clean: Chunk, level: Array, begun: Chunk, noise: Chunk
 ) -> tuple[Scalar, Chunk]:
     """(loss, estimate of the clean chunk) at a level that begins from the estimate `begun` and noise.
 
