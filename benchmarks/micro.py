@@ -9,7 +9,7 @@ first one of its race before it is timed. A form that cannot run here is listed 
 import argparse
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, PyTree
-from race import race, relative_rms, spread, write_report
+from race import race, relative_rms, write_report
 
 from streamt1_jax import flops
 from streamt1_jax.config import ModelConfig, StreamConfig
 from streamt1_jax.generator import Generator, wan_generator
-from streamt1_jax.measure import machine, matmul_peak
+from streamt1_jax.measure import Spread, machine, matmul_peak
 from streamt1_jax.models.attention import _plain_attention, batched_attention
 from streamt1_jax.models.conv import conv2d
 from streamt1_jax.models.dit import KV, Past
@@ -205,8 +205,8 @@ def run_race(contest: Race, rounds: int, tolerance: float) -> dict[str, Any]:
     seconds = race(runs, rounds)
     rows = {
         name: {
-            **spread(values),
-            "flop_per_second": contest.flop / spread(values)["median"],
+            **asdict(Spread.of(values)),
+            "flop_per_second": contest.flop / Spread.of(values).median,
             "error": errors[name],
         }
         for name, values in seconds.items()

@@ -5,7 +5,6 @@ Shared by the benchmarks of this folder.
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,10 +38,6 @@ def _seconds(run: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         jax.block_until_ready(run())
     return (time.perf_counter() - started) / calls
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def relative_rms(ours: PyTree, expected: PyTree) -> float:

@@ -14,11 +14,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from race import spread, write_report
+from race import write_report
 
 from streamt1_jax.rewards import PromptTable, Reward, host_reward
 from streamt1_jax.rewards.chat import Instruction
@@ -166,7 +167,7 @@ def beside_dit(scorers: dict[str, HPSv3 | VideoReward], args: argparse.Namespace
     from streamt1_jax.bench_lane import Lane, time_video
     from streamt1_jax.bench_report import MEANING
     from streamt1_jax.config import ModelConfig, RunConfig
-    from streamt1_jax.measure import peak_bytes
+    from streamt1_jax.measure import Spread, peak_bytes
     from streamt1_jax.weights import default_dtype
 
     model, prompts = ModelConfig.preset(args.beside), PromptTable([""])
@@ -182,9 +183,10 @@ def beside_dit(scorers: dict[str, HPSv3 | VideoReward], args: argparse.Namespace
         "chunk": args.chunks - 1,
         "videos": VIDEOS,
         "stage_seconds": {
-            f"{name} ({meaning})": spread([chunk.stages[name] for chunk in last]) for name, meaning in MEANING.items()
+            f"{name} ({meaning})": asdict(Spread.of([chunk.stages[name] for chunk in last]))
+            for name, meaning in MEANING.items()
         },
-        "chunk_seconds": spread([chunk.whole for chunk in last]),
+        "chunk_seconds": asdict(Spread.of([chunk.whole for chunk in last])),
         "peak_bytes": peak_bytes(),
     }
 

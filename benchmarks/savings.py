@@ -12,7 +12,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
-from race import race, relative_rms, spread, write_report
+from race import race, relative_rms, write_report
 
 from streamt1_jax.bench import Bench
 from streamt1_jax.cache import past_of
 from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
 from streamt1_jax.denoise import denoise
 from streamt1_jax.generator import Conditioning
-from streamt1_jax.measure import machine
+from streamt1_jax.measure import Spread, machine
 from streamt1_jax.models.attention import rope_angles, rotate
 from streamt1_jax.models.dit import CausalWanDiT, Past
 from streamt1_jax.networks import network_graph
@@ -361,9 +361,9 @@ def measure(saving: Saving, error: float, rounds: int) -> dict[str, Any]:
     return {
         "name": saving.name,
         "error": error,
-        "on_seconds": spread(seconds["on"]),
-        "off_seconds": spread(seconds["off"]),
-        "off_over_on": spread(ratios),
+        "on_seconds": asdict(Spread.of(seconds["on"])),
+        "off_seconds": asdict(Spread.of(seconds["off"])),
+        "off_over_on": asdict(Spread.of(ratios)),
     }
 
 

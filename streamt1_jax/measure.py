@@ -21,7 +21,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds over the runs."""
+    """Of repeated measurements."""
 
     median: float
     low: float

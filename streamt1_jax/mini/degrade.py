@@ -57,6 +57,15 @@ FULL_HARM = _harm(blur=3.0, noise=0.3, blobs=1.0, hole=1.0, warp=3.0, cast=0.4, 
 NUISANCE = _harm(blur=0.8, noise=0.03, warp=0.5, cast=0.06, blink=0.01)
 
 
+class Mixture(NamedTuple):
+    """What a bad video of k frames is made of, beside the good one."""
+
+    other: world.Placed
+    frames: Int[HostOrDevice, " k"]  # of the other
+    share: Float[HostOrDevice, " k"]  # of the other in the whole
+    harm: Harm  # done to the whole
+
+
 class Group(NamedTuple):
     """One good video and m bad ones of one caption, k frames each, to be rendered. NumPy arrays."""
 
@@ -95,30 +104,49 @@ def draw_group(scene: Scene, seed: int, kinds: tuple[str, ...], *, bad: int, fra
     return Group(good=world.place(scene, openings), mixed=world.stack(list(mixed)), nuisance=nuisance, **arrays)
 
 
-def _degrade(scene: Scene, openings: np.ndarray, times: np.ndarray, kind: str, rng: np.random.Generator):
-    """(mixed, its frames, shares, harm) of one bad video; None where this scene cannot be degraded like that."""
-    none, placed, still = _harm(), world.place(scene, openings), np.zeros(len(times))
+def _degrade(
+    scene: Scene, openings: np.ndarray, times: np.ndarray, kind: str, rng: np.random.Generator
+) -> Mixture | None:
+    """One bad video; None where this scene cannot be degraded like that."""
+    good, count = world.place(scene, openings), len(times)
     if kind in HARMS:
-        # From just worse than a nuisance to ruined.
-        level = getattr(FULL_HARM, kind) * rng.uniform(0.3, 1)
-        return placed, times, still, _harm(**{kind: level})
-    full = np.ones(len(times)) * (1.0 if rng.random() < 0.6 else rng.uniform(0.3, 1))
+        level = getattr(FULL_HARM, kind) * rng.uniform(0.3, 1)  # from just worse than a nuisance to ruined
+        return Mixture(good, times, np.zeros(count), _harm(**{kind: level}))
     if kind in ("rate", "frozen"):
-        if not any(_is_moving(thing) for thing in scene.things):
-            return None
-        rates = (0,) if kind == "frozen" else (0.5, 2, -1)
-        rate = rng.choice([r for r in rates if r != -1 or any(_has_direction(thing) for thing in scene.things)])
-        return placed, times[0] + (rate * (times - times[0])).astype(int), np.ones(len(times)), none
+        other_times = _other_times(scene, times, kind, rng)
+        return None if other_times is None else Mixture(good, other_times, np.ones(count), _harm())
     if kind in ("elsewhere", "jump"):
         other = world.place(scene, rng.standard_normal((2, world.OPENINGS)))
-        share = np.full(len(times), rng.uniform(0.12, 0.5)) if kind == "elsewhere" else _step(len(times), rng)
-        return other, times, share, none
-    if kind in ("change", "flicker"):
-        other = _another(scene, openings, rng.choice(["colour", "shape", "size", "absent"]), rng)
-        share = _ramp(len(times), rng) if kind == "change" else rng.random(len(times)) * rng.uniform(0.4, 1)
-        return None if other is None else (other, times, share, none)
-    other = _another(scene, openings, kind, rng)
-    return None if other is None else (other, times, full if kind != "motion" else np.ones(len(times)), none)
+    else:
+        on_the_way = kind in ("change", "flicker")
+        other = _another(
+            scene, openings, rng.choice(["colour", "shape", "size", "absent"]) if on_the_way else kind, rng
+        )
+    return None if other is None else Mixture(other, times, _shares(kind, count, rng), _harm())
+
+
+def _other_times(scene: Scene, times: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray | None:
+    """Frames in another course of time; None where that looks the same."""
+    if not any(map(_is_moving, scene.things)):
+        return None
+    rates = [0] if kind == "frozen" else [0.5, 2] + [-1] * any(map(_has_direction, scene.things))
+    return times[0] + (rng.choice(rates) * (times - times[0])).astype(int)
+
+
+def _shares(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    """How much of the other scene is in each of `count` frames."""
+    match kind:
+        case "elsewhere":
+            return np.full(count, rng.uniform(0.12, 0.5))
+        case "jump":
+            return _step(count, rng)
+        case "change":
+            return _ramp(count, rng)
+        case "flicker":
+            return rng.random(count) * rng.uniform(0.4, 1)
+        case "motion":
+            return np.ones(count)
+    return np.full(count, 1.0 if rng.random() < 0.6 else rng.uniform(0.3, 1))  # half a wrong colour is wrong too
 
 
 def _another(scene: Scene, openings: np.ndarray, kind: str, rng: np.random.Generator) -> world.Placed | None:
