@@ -21,7 +21,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements."""
+    """Median, least and greatest of repeated measurements, in their unit."""
 
     median: float
     low: float

@@ -13,10 +13,10 @@ from scipy.stats import norm
 from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError, WeightsError
 from streamt1_jax.measure import compilation_cache
-from streamt1_jax.mini import shipped, world
+from streamt1_jax.mini import shipped, train, train_dit, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.train import Recipe, continue_dit
-from streamt1_jax.mini.train_dit import coupled_noise, dit_task, first_chunk_start
+from streamt1_jax.mini.train_dit import coupled_noise, dit_task
 from streamt1_jax.mini.train_vae import standardise, vae_task
 from streamt1_jax.mini.training import Task, fit, init_train_state, make_train_step
 from streamt1_jax.networks import network_graph
@@ -132,6 +132,15 @@ def test_first_chunks_alone_are_those_of_sequences(sequences, first_chunks):
     np.testing.assert_allclose(first_chunks.latents[:, 0], sequences.latents[:, 0], atol=1e-4)
     np.testing.assert_array_equal(first_chunks.openings, sequences.openings)
     np.testing.assert_array_equal(first_chunks.tokens, sequences.tokens)
+    np.testing.assert_allclose(first_chunks.other_looks, sequences.other_looks, atol=1e-4)
+
+
+def test_other_looks_are_of_chunk_0(vae, sequences, monkeypatch):
+    monkeypatch.setattr(world, "other_looks", lambda scene, seed: scene)
+    tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=32, vocab_size=1024)
+    same = encode_sequences(SMALL, vae, tokenizer, count=3, chunks=1, seed=0, batch=2)
+    np.testing.assert_allclose(same.other_looks, same.latents[:, 0], atol=1e-4)
+    assert np.abs(sequences.other_looks - same.other_looks).max() > 1e-2
 
 
 @pytest.mark.slow
@@ -186,41 +195,67 @@ def test_coupled_noise_says_the_openings_and_stays_normal():
         np.testing.assert_allclose(np.cov(flat.T), np.eye(flat.shape[1]), atol=0.12)
 
 
-def test_chunk_0_begins_as_the_sampler_brings_it(sequences):
-    example = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), sequences)
-    clean, other, guessed = example.latents[0], example.other_looks, jnp.full_like(example.latents[0], 0.5)
-    keys = jax.random.split(jax.random.key(0), 64)
+def inputs_of_chunk_0(velocity, count=256):
+    """(clean, other looks, openings, inputs for `count` keys) of a chunk of noise; nothing depends on its looks."""
+    clean, other = jax.random.normal(jax.random.key(1), (2, 3, 16, 10, 16))
+    openings = jnp.asarray(world.draw_openings(0), jnp.float32)
+    draw = functools.partial(train_dit.first_chunk_inputs, velocity, clean, other, openings)
+    return clean, other, openings, jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), count))
 
-    def flow(noisy, level):  # always answers `guessed`, which only the first level is asked for
-        return jnp.where(level == 0, noisy - guessed, jnp.nan)
 
-    start = functools.partial(first_chunk_start, flow, clean, other, example.openings, jnp.arange(4))
-    begun, noises = jax.jit(jax.vmap(start))(keys)
-    np.testing.assert_allclose(begun[:, :2], jnp.broadcast_to(guessed, begun[:, :2].shape), atol=1e-5)
-    # At the lower levels: the true chunk, or something on the way to the one of other looks.
+def test_coupled_levels_of_chunk_0_begin_from_unrelated_noise():
+    # Where the velocity is 0, the network's estimate is the noise that it was given.
+    _, _, openings, inputs = inputs_of_chunk_0(lambda noisy, level: jnp.zeros_like(noisy))
+    assert set(inputs.level[:, 0].tolist()) == {0, 1}
+    assert 0.15 < float(jnp.mean(inputs.level[:, 0] == 0)) < 0.35
+    given, noise = inputs.estimate[:, 0], inputs.noise[:, 0]
+    assert abs(float(jnp.mean(given * noise))) < 0.01
+    again = jax.vmap(coupled_noise, in_axes=(0, None))
+    np.testing.assert_allclose(again(noise, openings), noise, atol=1e-5)  # it says the openings already
+    assert float(jnp.max(jnp.abs(again(given, openings) - given))) > 1
+
+
+def test_the_guess_of_the_first_level_is_not_trained_by_the_second():
+    def total(factor):
+        _, _, _, inputs = inputs_of_chunk_0(lambda noisy, level: factor * noisy, count=2)
+        return jnp.sum(inputs.estimate)
+
+    assert jax.grad(total)(0.5) == 0
+
+
+def test_lower_levels_of_chunk_0_begin_from_the_truth_or_on_the_way_to_other_looks():
+    clean, other, openings, inputs = inputs_of_chunk_0(lambda noisy, level: noisy)
+    assert set(inputs.level[:, 1].tolist()) == {2, 3}
     way = np.asarray(other - clean)
-    share = np.einsum("nlfchw,fchw->nl", begun[:, 2:] - clean, way) / np.sum(way**2)
-    np.testing.assert_allclose(begun[:, 2:], clean + share[..., None, None, None, None] * way, atol=1e-4)
-    assert 0.3 < np.mean(share < 1e-6) < 0.5
-    assert share.min() > -1e-6
-    assert 0.8 < share.max() < 1
-    # The noise says the openings where it is coupled, and nothing anywhere else.
-    for level, says in enumerate((True, True, False, False)):
-        said = jax.vmap(coupled_noise, in_axes=(0, None))(noises[:, level], example.openings)
-        assert bool(jnp.allclose(said, noises[:, level], atol=1e-5)) == says
+    share = np.einsum("nfchw,fchw->n", inputs.estimate[:, 1] - clean, way) / np.sum(way**2)
+    np.testing.assert_allclose(inputs.estimate[:, 1], clean + share[:, None, None, None, None] * way, atol=1e-4)
+    assert 0.3 < np.mean(share < 1e-5) < 0.5
+    assert share.min() > -1e-5
+    assert 0.9 < share.max() < 1
+    assert abs(float(jnp.mean(inputs.noise[:, 1] * inputs.noise[:, 0]))) < 0.01
+    said = jax.vmap(coupled_noise, in_axes=(0, None))(inputs.noise[:, 1], openings)
+    assert not bool(jnp.any(jnp.all(jnp.isclose(said, inputs.noise[:, 1], atol=1e-3), axis=(1, 2, 3, 4))))
 
 
-def test_other_looks_keep_motions_and_background():
-    scenes = [world.random_scene(seed) for seed in range(200)]
-    changed = [world.other_looks(scene, seed) for seed, scene in enumerate(scenes)]
-    looks = {key: [] for key in ("colour", "shape", "size")}
-    for old, new in zip(scenes, changed, strict=True):
-        assert new.background == old.background
-        assert [(t.motion, t.speed) for t in new.things] == [(t.motion, t.speed) for t in old.things]
-        for key, kept in looks.items():
-            kept += [getattr(a, key) == getattr(b, key) for a, b in zip(old.things, new.things, strict=True)]
-    assert all(0.45 < np.mean(kept) < 0.75 for kept in looks.values())
-    assert changed[3] == world.other_looks(scenes[3], 3)
+def test_the_loss_of_a_level_is_that_of_its_new_estimate():
+    sigmas = jnp.array([1.0, 0.9, 0.6])
+    clean, estimate, noise, answer = jax.random.normal(jax.random.key(0), (4, 3, 16, 10, 16))
+    for level, sigma in enumerate(sigmas):
+        right = lambda noisy, _, sigma=sigma: (noisy - clean) / sigma  # noqa: E731
+        loss, new = train_dit.level_loss(right, sigmas, clean, jnp.int32(level), estimate, noise)
+        np.testing.assert_allclose(loss, 0.0, atol=1e-10)
+        np.testing.assert_allclose(new, clean, atol=1e-5)
+        wrong = lambda noisy, _: answer  # noqa: E731
+        loss, new = train_dit.level_loss(wrong, sigmas, clean, jnp.int32(level), estimate, noise)
+        np.testing.assert_allclose(loss, jnp.mean((new - clean) ** 2) / sigma**2, rtol=1e-4)
+        loss, _ = train_dit.level_loss(wrong, sigmas, clean, jnp.int32(level), clean, noise)
+        np.testing.assert_allclose(loss, jnp.mean((answer - (noise - clean)) ** 2), rtol=1e-4)  # flow matching
+
+
+def test_sequences_of_another_version_are_refused(tmp_path, vae):
+    np.savez(tmp_path / "sequences_3x1.npz", latents=np.zeros(1))
+    with pytest.raises(BadInputError, match="another version"):
+        train._sequences(tmp_path, SMALL, vae, 3, 1, seed=0, report=None)
 
 
 def test_recipe_names_are_checked():

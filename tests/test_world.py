@@ -153,3 +153,22 @@ def test_words_the_world_does_not_know_are_refused(changes, name):
     words = {"colour": "red", "shape": "star", "motion": "spins"} | changes
     with pytest.raises(BadInputError, match=f"{name} is "):
         Thing(**words)
+
+
+def test_other_looks_keep_places_motions_and_background():
+    scenes = [world.training_scene(seed) for seed in range(1000)]
+    kept = {"colour": [], "shape": []}
+    for seed, scene in enumerate(scenes):
+        other = world.other_looks(scene, seed)
+        assert other == world.other_looks(scene, seed) != scene
+        assert not world.is_held_out(other)
+        assert other.background == scene.background
+        assert len({thing.colour for thing in other.things}) == len(scene.things)
+        poses = [world.pose(world.place(s, world.draw_openings(seed)), jnp.int32(9)) for s in (scene, other)]
+        np.testing.assert_allclose(poses[1].centre, poses[0].centre, atol=1e-4)
+        for old, new in zip(scene.things, other.things, strict=True):
+            assert (new.motion, new.speed) == (old.motion, old.speed)
+            for key, values in kept.items():
+                values.append(getattr(old, key) == getattr(new, key))
+    # Half of the words are drawn anew, and then seldom the old one again.
+    assert all(0.45 < np.mean(values) < 0.62 for values in kept.values())

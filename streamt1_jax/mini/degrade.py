@@ -58,12 +58,12 @@ NUISANCE = _harm(blur=0.8, noise=0.03, warp=0.5, cast=0.06, blink=0.01)
 
 
 class Mixture(NamedTuple):
-    """What a bad video of k frames is made of, beside the good one."""
+    """How a bad video of k frames is made of the good one."""
 
-    other: world.Placed
-    frames: Int[HostOrDevice, " k"]  # of the other
-    share: Float[HostOrDevice, " k"]  # of the other in the whole
-    harm: Harm  # done to the whole
+    mixed: world.Placed  # what is mixed in; the good one itself where only time or pixels are wrong
+    frames: Int[HostOrDevice, " k"]  # of `mixed`
+    share: Float[HostOrDevice, " k"]  # of `mixed`
+    harm: Harm  # done to the pixels
 
 
 class Group(NamedTuple):
@@ -86,22 +86,23 @@ def draw_group(scene: Scene, seed: int, kinds: tuple[str, ...], *, bad: int, fra
     start = int(rng.integers(LAST_FRAME))
     times = start + stride * np.arange(frames)
     wanted = list(rng.permutation(len(kinds)))
-    rows = []
-    while len(rows) < bad:
+    made: dict[int, Mixture] = {}
+    while len(made) < bad:
         index = int(wanted.pop())
-        made = _degrade(scene, openings, times, kinds[index], rng)
-        if made is not None:
-            rows.append((*made, index))
-    mixed, mixed_frames, share, harm, kind = zip(*rows, strict=True)
+        mixture = _degrade(scene, openings, times, kinds[index], rng)
+        if mixture is not None:
+            made[index] = mixture
+    mixtures = list(made.values())
     arrays: dict[str, Any] = {
         "frames": times.astype(np.int32),
-        "mixed_frames": np.stack(mixed_frames).astype(np.int32),
-        "share": np.stack(share).astype(np.float32),
-        "harm": jax.tree.map(lambda *levels: np.array(levels, np.float32), *harm),
-        "kind": np.array(kind, np.int32),
+        "mixed_frames": np.stack([mixture.frames for mixture in mixtures]).astype(np.int32),
+        "share": np.stack([mixture.share for mixture in mixtures]).astype(np.float32),
+        "harm": jax.tree.map(lambda *levels: np.array(levels, np.float32), *(mixture.harm for mixture in mixtures)),
+        "kind": np.array(list(made), np.int32),
     }
+    mixed = world.stack([mixture.mixed for mixture in mixtures])
     nuisance = _harm(**{key: np.float32(full * rng.random() ** 2) for key, full in NUISANCE._asdict().items()})
-    return Group(good=world.place(scene, openings), mixed=world.stack(list(mixed)), nuisance=nuisance, **arrays)
+    return Group(good=world.place(scene, openings), mixed=mixed, nuisance=nuisance, **arrays)
 
 
 def _degrade(
@@ -129,7 +130,9 @@ def _other_times(scene: Scene, times: np.ndarray, kind: str, rng: np.random.Gene
     """Frames in another course of time; None where that looks the same."""
     if not any(map(_is_moving, scene.things)):
         return None
-    rates = [0] if kind == "frozen" else [0.5, 2] + [-1] * any(map(_has_direction, scene.things))
+    rates = [0.0] if kind == "frozen" else [0.5, 2.0]
+    if kind != "frozen" and any(map(_has_direction, scene.things)):
+        rates.append(-1.0)
     return times[0] + (rng.choice(rates) * (times - times[0])).astype(int)
 
 
@@ -146,7 +149,8 @@ def _shares(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
             return rng.random(count) * rng.uniform(0.4, 1)
         case "motion":
             return np.ones(count)
-    return np.full(count, 1.0 if rng.random() < 0.6 else rng.uniform(0.3, 1))  # half a wrong colour is wrong too
+        case _:  # half a wrong colour is wrong too
+            return np.full(count, 1.0 if rng.random() < 0.6 else rng.uniform(0.3, 1))
 
 
 def _another(scene: Scene, openings: np.ndarray, kind: str, rng: np.random.Generator) -> world.Placed | None:

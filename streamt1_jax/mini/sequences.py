@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from streamt1_jax.config import ModelConfig
 from streamt1_jax.mini import world
+from streamt1_jax.models.vae import Encoder
 from streamt1_jax.networks import network_graph
 from streamt1_jax.text import Tokenizer
 from streamt1_jax.types import HostOrDevice
@@ -60,22 +61,27 @@ def encode_sequences(
     for first in range(0, count, batch):
         numbers = [seed * SEED_STEP + n for n in range(first, first + batch)]
         scenes = [world.training_scene(number) for number in numbers]
+        others = [world.other_looks(*pair) for pair in zip(scenes, numbers, strict=True)]
         openings = np.stack([world.draw_openings(number) for number in numbers])
         late = chunks > 1 and first // batch % 2 == 1
-        others = [world.other_looks(*pair) for pair in zip(scenes, numbers, strict=True)]
         runs = np.random.default_rng((seed, first)).integers(*(LATE_CHUNKS if late else (1, 2)), batch, np.int32)
-        placed, placed_others = (
-            world.stack([world.place(*pair) for pair in zip(of, openings, strict=True)]) for of in (scenes, others)
-        )
-        latents = np.asarray(encode[late](vae, placed, runs))
-        other_looks = np.asarray(encode_first(vae, placed_others))
-        start = CHUNK * np.concatenate([np.zeros((batch, 1), np.int32), runs[:, None] + np.arange(chunks - 1)], axis=1)
+        start = np.concatenate([np.zeros((batch, 1)), runs[:, None] + np.arange(chunks - 1)], axis=1)
         prompts = [tokenizer(scene.caption()) for scene in scenes]
-        ids, mask = (np.stack([getattr(prompt, key) for prompt in prompts]) for key in ("ids", "mask"))
-        starts = start.astype(np.int32)
-        parts.append(Sequences(latents, starts, openings.astype(np.float32), other_looks, ids, mask))
+        made = Sequences(
+            latents=np.asarray(encode[late](vae, _place(scenes, openings), runs)),
+            start=(CHUNK * start).astype(np.int32),
+            openings=openings.astype(np.float32),
+            other_looks=np.asarray(encode_first(vae, _place(others, openings))),
+            tokens=np.stack([prompt.ids for prompt in prompts]),
+            mask=np.stack([prompt.mask for prompt in prompts]),
+        )
+        parts.append(made)
         report(min(first + batch, count))
     return Sequences(*(np.concatenate(leaves)[:count] for leaves in zip(*parts, strict=True)))
+
+
+def _place(scenes: list[world.Scene], openings: np.ndarray) -> world.Placed:
+    return world.stack([world.place(*pair) for pair in zip(scenes, openings, strict=True)])
 
 
 def _encode(
@@ -97,5 +103,5 @@ def _encode_first(config: ModelConfig, vae: PyTree, placed: world.Placed) -> Flo
     return _encoder(config, vae).encode(world.render(placed, jnp.arange(FIRST_PIXELS)))
 
 
-def _encoder(config: ModelConfig, vae: PyTree):
+def _encoder(config: ModelConfig, vae: PyTree) -> Encoder:
     return nnx.merge(network_graph(config, "vae", jnp.float32)[0], vae).encoder

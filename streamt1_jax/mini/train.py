@@ -54,9 +54,9 @@ class Recipe:
     vae_stream: int = 400
     first_chunks: int = 6000  # scenes of which chunk 0 alone is encoded
     sequences: int = 2000
-    dit_first: int = 800
+    dit_first: int = 3500
     dit_first_batch: int = 24
-    dit: int = 2000
+    dit: int = 1800
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
     reward_short: int = 2000
@@ -205,7 +205,11 @@ def _latents_of_the_world(config: ModelConfig, vae: PyTree) -> jax.Array:
 def _sequences(
     out: Path, config: ModelConfig, vae: PyTree, count: int, chunks: int, *, seed: int, report: Report | None
 ) -> Sequences:
-    """A training set; a stopped run finds it in its folder."""
+    """A training set; a stopped run finds it in its folder.
+
+    Raises:
+        BadInputError: what it finds was written by another version.
+    """
     path = out / f"sequences_{count}x{chunks}.npz"
     if not path.exists():
         tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=config.dit.text_len, vocab_size=config.text.vocab_size)
@@ -215,6 +219,9 @@ def _sequences(
         np.savez(partial, **made._asdict())
         partial.replace(path)
     with np.load(path) as stored:
+        missing = set(Sequences._fields) - set(stored.files)
+        if missing:
+            raise BadInputError(f"{path} is of another version: it lacks {', '.join(missing)}; name another folder")
         return Sequences(**{key: stored[key] for key in Sequences._fields})
 
 

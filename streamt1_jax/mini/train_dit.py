@@ -11,14 +11,17 @@ them. It is trained in its order, as it would be generated:
   says where things start, and at high noise a regression answers with the mean of all places: a blur that a few
   steps do not mend. So at the two highest levels the noise is drawn given the places (`coupled_noise`). Over all
   videos it stays normal, and the network has one sharp answer.
-- *Estimates as the sampler brings them* (`first_chunk_start`). A level of chunk 0 begins from the estimate of the one
-  before, which is less than true: at the second level it is one of unrelated noise, as the sampler draws the noise of
-  every level anew; at the lower ones things are where they should be and do not look as the caption says. The
-  network's own estimates do not serve there: what they have lost cannot be known, so a regression leaves it out.
+- *Imperfect estimates* (`first_chunk_inputs`). The sampler begins every level of chunk 0 from the estimate of the one
+  before, which is less than true. At the second level it is of no use, as the noise is drawn anew: there training
+  begins from one of unrelated noise. At the lower levels training begins, half of the time, from the true scene with
+  things of other looks mixed in: places are to be taken from the estimate, looks from the caption. The network's own
+  estimates do not serve there: what they have lost cannot be known, so a regression leaves it out. Later chunks, which
+  have the cache to go by, begin every level from the truth.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +42,13 @@ from streamt1_jax.types import Chunk, Scalar
 
 COUPLED_LEVELS = 2  # of the schedule, from the noisiest on
 FIRST_CHUNK_WEIGHT = 2.0  # all goes on from chunk 0, for which there is nothing but noise and prompt
-FIRST_LEVEL_SHARE = 0.25  # of the coupled draws of chunk 0; of the first level's estimate hardly anything is left later
+FIRST_LEVEL_SHARE = 0.25  # of the coupled draws of chunk 0; of its estimate 6 % enter the second level
 OTHER_LOOKS_SHARE = 0.6  # of the draws of chunk 0 at lower levels that begin from things of other looks
 CONTEXT_NOISE = 0.3  # at most; the sigma of what is added to a true chunk in the cache
 OWN_OUTPUT_SHARE = 0.4  # of the chunks in the cache
 APPENDED_SHARE = 0.3  # of the chunks that see a sink more
 
-Flow = Callable[[Chunk, Array], Chunk]  # of a noisy chunk at a level of the schedule
+Velocity = Callable[[Chunk, Int[Array, ""]], Chunk]  # of a noisy chunk at a level of the schedule, by the network
 
 
 def coupled_noise(noise: Float[Array, "f C h w"], openings: Float[Array, "2 6"]) -> Float[Array, "f C h w"]:
@@ -110,6 +113,7 @@ def dit_task(
         return jax.tree.map(jnp.copy, _random_start(config, seed) if start is None else start)
 
     def one(params: PyTree, example: Sequences, key: Array) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        """`sequence_losses` by these parameters."""
         dit = nnx.merge(dit_graph, params["dit"])
         dit.unroll = config.dit.num_layers  # its gradient need not gather what every turn of a loop has kept
         return sequence_losses(dit, nnx.merge(text_graph, params["text"]), stream, example, key)
@@ -130,7 +134,7 @@ def dit_task(
 def sequence_losses(
     dit: CausalWanDiT, encoder: UMT5Encoder, stream: StreamConfig, example: Sequences, key: Array
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """(loss, weight) of every chunk of one sequence, each with those before it in the cache.
+    """(loss, weight in the mean) of every chunk of one sequence, each with those before it in the cache.
 
     Args:
         example: without its leading axis.
@@ -139,28 +143,28 @@ def sequence_losses(
         jnp.asarray, (example.latents, example.other_looks, example.openings, example.tokens, example.mask)
     )
     schedule = few_step_schedule(stream)
+    if len(schedule.sigmas) != 2 * COUPLED_LEVELS:
+        raise ValueError(f"the embedded model is trained for {2 * COUPLED_LEVELS} steps, not {len(schedule.sigmas)}")
     sigmas = jnp.asarray(schedule.sigmas, jnp.float32)
     steps = dit.encode_time(jnp.asarray(schedule.timesteps, jnp.float32))
     context_time = dit.encode_time(jnp.full((1,), stream.context_noise, jnp.float32))
     text = dit.encode_text(encode_prompt(encoder, tokens, mask))
     losses, caches = [], []
     for chunk, clean in enumerate(latents):
-        key, key_levels, key_start, key_context, key_past = jax.random.split(key, 5)
+        key, key_inputs, key_context, key_past = jax.random.split(key, 4)
         past, start_frame = _past(caches, stream, key_past), example.start[chunk]
 
-        def flow(noisy: Chunk, level: Array, past=past, start_frame=start_frame) -> Chunk:
+        def velocity(noisy: Chunk, level: Int[Array, ""], past=past, start_frame=start_frame) -> Chunk:
             return dit(noisy, jax.tree.map(lambda x: x[level][None], steps), text, past, start_frame)
 
-        levels = _draw_levels(len(sigmas), key_levels, first=chunk == 0)
         if chunk == 0:
-            begun, noises = first_chunk_start(flow, clean, other_looks, openings, levels, key_start)
+            inputs = first_chunk_inputs(velocity, clean, other_looks, openings, key_inputs)
         else:
-            noises = jax.random.normal(key_start, (len(levels), *clean.shape))
-            begun = jnp.broadcast_to(clean, noises.shape)
-        loss, estimates = jax.vmap(functools.partial(_flow_loss, flow, sigmas, clean))(levels, begun, noises)
+            inputs = _later_chunk_inputs(clean, key_inputs)
+        loss, estimates = jax.vmap(functools.partial(level_loss, velocity, sigmas, clean))(*inputs)
         losses.append(jnp.mean(loss))
         if chunk + 1 < len(latents):
-            seen = _context(clean, estimates[-1], key_context)
+            seen = _context(clean, estimates[1], key_context)
             caches.append(dit.context(seen, context_time, text, past, start_frame))
     weights = jnp.ones(len(latents)).at[0].set(FIRST_CHUNK_WEIGHT)
     if len(latents) > 1:  # after a gap in time the first chunk has no neighbour to go on from
@@ -179,52 +183,73 @@ def _random_start(config: ModelConfig, seed: int) -> PyTree:
     return made
 
 
-def _draw_levels(count: int, key: Array, *, first: bool) -> Int[Array, "2"]:
-    """One of the noisier half of `count` levels and one of the others."""
-    key_high, key_low, key_first = jax.random.split(key, 3)
-    noisier = jax.random.randint(key_high, (), 0, count // 2)
-    if first:
-        noisier = jnp.where(jax.random.bernoulli(key_first, FIRST_LEVEL_SHARE), 0, 1)
-    return jnp.stack([noisier, jax.random.randint(key_low, (), count // 2, count)])
+class Inputs(NamedTuple):
+    """What a chunk is denoised from in training: at a coupled level (the noisier two) and at a lower one."""
+
+    level: Int[Array, " 2"]
+    estimate: Float[Array, "2 f C h w"]
+    noise: Float[Array, "2 f C h w"]
 
 
-def first_chunk_start(
-    flow: Flow, clean: Chunk, other_looks: Chunk, openings: Float[Array, "2 6"], levels: Int[Array, " l"], key: Array
-) -> tuple[Float[Array, "l f C h w"], Float[Array, "l f C h w"]]:
-    """(estimates, noises) that chunk 0 begins from at each of `levels`.
+def first_chunk_inputs(
+    velocity: Velocity, clean: Chunk, other_looks: Chunk, openings: Float[Array, "2 6"], key: Array
+) -> Inputs:
+    """Stand-ins for what the sampler has at two levels of chunk 0.
+
+    | level | estimate | noise |
+    |---|---|---|
+    | 0 or 1 | the network's own, made of unrelated noise; not trained by this, and of no weight at 0 | coupled |
+    | 2 or 3 | the true chunk, in `OTHER_LOOKS_SHARE` of the draws with some of `other_looks` mixed in | independent |
 
     Args:
-        flow: by the network as it is.
         clean: the true chunk.
         other_looks: the same, if things looked otherwise.
         openings: of the scene.
     """
-    key_guess, key_starts = jax.random.split(key)
-    unrelated = jax.random.normal(key_guess, clean.shape)
-    guess = jax.lax.stop_gradient(unrelated - flow(unrelated, jnp.int32(0)))  # sigma is 1 at the first level
-
-    def start(level: Array, key: Array) -> tuple[Chunk, Chunk]:
-        key_noise, key_share, key_whether = jax.random.split(key, 3)
-        noise = jax.random.normal(key_noise, clean.shape)
-        coupled = level < COUPLED_LEVELS
-        share = jax.random.uniform(key_share) * jax.random.bernoulli(key_whether, OTHER_LOOKS_SHARE).astype(jnp.float32)
-        estimate = jnp.where(coupled, guess, clean + share * (other_looks - clean))
-        return estimate, jnp.where(coupled, coupled_noise(noise, openings), noise)
-
-    return jax.vmap(start)(levels, jax.random.split(key_starts, len(levels)))
+    keys = dict(zip(("guess", "level", "coupled", "whether", "share", "lower"), jax.random.split(key, 6), strict=True))
+    unrelated = jax.random.normal(keys["guess"], clean.shape)
+    guess = jax.lax.stop_gradient(unrelated - velocity(unrelated, jnp.int32(0)))  # sigma is 1 at the first level
+    coupled = jnp.where(jax.random.bernoulli(keys["level"], FIRST_LEVEL_SHARE), 0, 1)
+    share = jnp.where(jax.random.bernoulli(keys["whether"], OTHER_LOOKS_SHARE), jax.random.uniform(keys["share"]), 0.0)
+    lower, noises = _lower_level_and_noises(keys["lower"], clean)
+    return Inputs(
+        jnp.stack([coupled, lower]),
+        jnp.stack([guess, clean + share * (other_looks - clean)]),
+        noises.at[0].set(coupled_noise(noises[0], openings)),
+    )
 
 
-def _flow_loss(
-    flow: Flow, sigmas: Array, clean: Chunk, level: Array, begun: Chunk, noise: Chunk
+def _later_chunk_inputs(clean: Chunk, key: Array) -> Inputs:
+    """At both levels the true chunk, and independent noise."""
+    key_level, key_lower = jax.random.split(key)
+    noisier = jax.random.randint(key_level, (), 0, COUPLED_LEVELS)
+    lower, noises = _lower_level_and_noises(key_lower, clean)
+    return Inputs(jnp.stack([noisier, lower]), jnp.broadcast_to(clean, noises.shape), noises)
+
+
+def _lower_level_and_noises(key: Array, clean: Chunk) -> tuple[Int[Array, ""], Float[Array, "2 f C h w"]]:
+    key_level, key_noise = jax.random.split(key)
+    level = jax.random.randint(key_level, (), COUPLED_LEVELS, 2 * COUPLED_LEVELS)
+    return level, jax.random.normal(key_noise, (2, *clean.shape))
+
+
+def level_loss(
+    velocity: Velocity,
+    sigmas: Float[Array, " l"],
+    clean: Chunk,
+    level: Int[Array, ""],
+    estimate: Chunk,
+    noise: Chunk,
 ) -> tuple[Scalar, Chunk]:
-    """(loss, estimate of the clean chunk) at a level that begins from the estimate `begun` and noise.
+    """(loss, new estimate of the clean chunk) at a level that begins from `estimate` and `noise`.
 
-    The loss is the mean square of what the estimate is off the true chunk, over sigma: that of flow matching, where
-    `begun` is the true chunk.
+    The noisy chunk is x = (1 - sigma) estimate + sigma noise, and the network answers with v, so that its new estimate
+    is x - sigma v. That is the clean chunk for v = (x - clean) / sigma, the target; it is noise - clean, that of flow
+    matching, if `estimate` is clean. The loss is the mean of (v - target)^2: the squared error over sigma^2 (never 0).
     """
-    noisy = (1 - sigmas[level]) * begun + sigmas[level] * noise
-    found = flow(noisy, level)
-    return jnp.mean((found - (noisy - clean) / sigmas[level]) ** 2), noisy - sigmas[level] * found
+    noisy = (1 - sigmas[level]) * estimate + sigmas[level] * noise
+    answer = velocity(noisy, level)
+    return jnp.mean((answer - (noisy - clean) / sigmas[level]) ** 2), noisy - sigmas[level] * answer
 
 
 def _past(caches: list[KV], stream: StreamConfig, key: Array) -> Past | None:

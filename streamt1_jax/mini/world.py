@@ -116,14 +116,23 @@ def _random_thing(rng: random.Random, colour: str) -> Thing:
 
 
 def other_looks(scene: Scene, seed: int) -> Scene:
-    """The same motions before the same background, by things of other colours, shapes and sizes, or some of these."""
-    rng = random.Random(seed)
+    """The same places and motions before the same background, by things of which at least one looks otherwise.
+
+    Colour, shape and size are each drawn anew or kept. What bounces keeps its size, on which its path depends. Two
+    things have different colours, and the scene is not held out.
+    """
+    rng = random.Random(f"looks {seed}")  # not the numbers that the scene of this seed was drawn with
     words = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES)}
 
-    def changed(thing: Thing) -> Thing:
-        return dataclasses.replace(thing, **{k: rng.choice(v) for k, v in words.items() if rng.random() < 0.5})
+    def redrawn(thing: Thing) -> Thing:
+        changed = {key: rng.choice(known) for key, known in words.items() if rng.random() < 0.5}
+        return dataclasses.replace(thing, **changed | ({"size": thing.size} if thing.motion == "bounces" else {}))
 
-    return dataclasses.replace(scene, things=tuple(changed(thing) for thing in scene.things))
+    while True:
+        other = dataclasses.replace(scene, things=tuple(redrawn(thing) for thing in scene.things))
+        colours = {thing.colour for thing in other.things}
+        if other != scene and len(colours) == len(other.things) and not is_held_out(other):
+            return other
 
 
 def parse_caption(caption: str) -> Scene:
@@ -299,7 +308,10 @@ def background_picture(name: str) -> Int[np.ndarray, "H W 3"]:
 
 
 def held_out_scenes(count: int, seed: int = 1_000_000) -> list[Scene]:
-    """Scenes with different captions for checking the model; `is_held_out` keeps them from training."""
+    """Scenes with different captions for checking the model; `is_held_out` keeps them from training.
+
+    More of one seed begin with fewer of it.
+    """
     found: dict[str, Scene] = {}
     for scene in (random_scene(s) for s in itertools.count(seed)):
         if is_held_out(scene):
