@@ -202,14 +202,14 @@ def run_race(contest: Race, rounds: int, tolerance: float) -> dict[str, Any]:
             left_out[name] = f"differs by {errors[name]:.3g}"
             continue
         runs[name] = functools.partial(form, *contest.args)
-    seconds = race(runs, rounds)
+    spreads = {name: Spread.of(values) for name, values in race(runs, rounds).items()}
     rows = {
         name: {
-            **asdict(Spread.of(values)),
-            "flop_per_second": contest.flop / Spread.of(values).median,
+            **asdict(spread),
+            "flop_per_second": contest.flop / spread.median,
             "error": errors[name],
         }
-        for name, values in seconds.items()
+        for name, spread in spreads.items()
     }
     return {"name": contest.name, "flop": contest.flop, "forms": rows, "left_out": left_out}
 

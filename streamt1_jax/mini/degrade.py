@@ -119,10 +119,10 @@ def _degrade(
     if kind in ("elsewhere", "jump"):
         other = world.place(scene, rng.standard_normal((2, world.OPENINGS)))
     else:
-        on_the_way = kind in ("change", "flicker")
-        other = _another(
-            scene, openings, rng.choice(["colour", "shape", "size", "absent"]) if on_the_way else kind, rng
-        )
+        what = kind
+        if kind in ("change", "flicker"):  # at times right, at times wrong in one of these
+            what = str(rng.choice(["colour", "shape", "size", "absent"]))
+        other = _another(scene, openings, what, rng)
     return None if other is None else Mixture(other, times, _shares(kind, count, rng), _harm())
 
 

@@ -184,7 +184,7 @@ def _random_start(config: ModelConfig, seed: int) -> PyTree:
 
 
 class Inputs(NamedTuple):
-    """What a chunk is denoised from in training: at a coupled level (the noisier two) and at a lower one."""
+    """What a chunk is denoised from in training: at one of the two noisier levels and at a lower one."""
 
     level: Int[Array, " 2"]
     estimate: Float[Array, "2 f C h w"]
