@@ -14,9 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Complex, Float, Int, UInt8
 
 from streamt1_jax.mini.shapes import SIGNED_DISTANCES
-from streamt1_jax.mini.world import COLOURS, HEIGHT, SHAPES, WIDTH, Thing
+from streamt1_jax.mini.world import COLOURS, HEIGHT, MUTED, SHAPES, WIDTH, Thing
 
-MUTED = ((12,) * 3, (40,) * 3, (80,) * 3, (105,) * 3, (92, 66, 44))  # the colours of the backgrounds
 FAR = 110  # levels in RGB: a colour so far from all of the palette is none of it
 VISIBLE = 20  # pixels from which a thing counts as seen
 TOUCHING = 3  # pixels of a thing so near the other that they hide each other
@@ -56,7 +55,7 @@ def _nearest() -> UInt8[np.ndarray, "32768"]:
     """The label of every colour, by five bits a channel."""
     levels = np.arange(32) * 8 + 4
     colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 1, 3)
-    palette = np.array([*COLOURS.values(), *MUTED])
+    palette = np.array([*COLOURS.values(), *MUTED.values()])
     distances = ((colours - palette) ** 2).sum(axis=-1)
     labels = np.minimum(distances.argmin(axis=-1), len(COLOURS))
     return np.where(distances.min(axis=-1) < FAR**2, labels, len(COLOURS)).astype(np.uint8)

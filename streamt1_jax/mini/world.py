@@ -46,17 +46,20 @@ SIZES = {"small": 9.0, "": 13.0, "large": 18.0}  # radius in pixels; an object w
 SPEEDS = {"slowly": 0.8, "": 1.6, "quickly": 3.2}  # pixels per frame
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y) of the picture, y downwards
 BACKGROUNDS = ("black", "gray", "brown", "striped", "checkered")  # a caption without one means black
+# Muted: none is as bright or as colourful as a thing. The last two are those of stripes and checkers.
+MUTED = {"black": (12,) * 3, "gray": (105,) * 3, "brown": (92, 66, 44), "dark": (40,) * 3, "light": (80,) * 3}
 
 SPIN = 2 * math.pi / 48  # radians per frame, clockwise: a turn in three seconds
 GROWTH = 0.35  # the radius changes by this share, up and down
 GROWTH_PERIOD = 64  # frames
 EDGE = 16  # pixels; no centre starts closer to the border
+LAST_FRAME = 2000  # clips for training start anywhere before it
 
 
 @dataclass(frozen=True)
 class Thing:
     """One object in words. `motion` is "moves right" and the like, "bounces", "spins", "grows and shrinks" or
-    "stands still"; `speed` belongs to moving and bouncing."""
+    "stands still"; `speed` belongs to moving and bouncing, and is "" for the rest."""
 
     colour: str
     shape: str
@@ -69,6 +72,10 @@ class Thing:
         for key, values in known.items():
             if getattr(self, key) not in values:
                 raise BadInputError(f"{key} is {getattr(self, key)!r}, expected one of {', '.join(map(repr, values))}")
+        if self.speed and self.motion not in (*MOVES, "bounces"):
+            raise BadInputError(
+                f"speed is {self.speed!r} for what {self.motion}, expected none: only what moves or bounces has one"
+            )
 
     def caption(self) -> str:
         noun = " ".join(word for word in (self.size, self.colour, self.shape) if word)
@@ -294,9 +301,9 @@ def _background(index: Int[HostOrDevice, ""]) -> Float[Array, "H W 3"]:
 
 
 def background_picture(name: str) -> Int[np.ndarray, "H W 3"]:
-    """A background's pixels, 0 to 255. Muted: none is as bright or as colourful as an object."""
+    """A background's pixels, 0 to 255."""
     x, y = np.arange(WIDTH)[None, :, None], np.arange(HEIGHT)[:, None, None]
-    black, gray, brown, dark, light = (np.array(c) for c in ((12,) * 3, (105,) * 3, (92, 66, 44), (40,) * 3, (80,) * 3))
+    black, gray, brown, dark, light = map(np.array, MUTED.values())
     pictures = {
         "black": black + 0 * (x + y),
         "gray": gray + 0 * (x + y),
@@ -308,13 +315,13 @@ def background_picture(name: str) -> Int[np.ndarray, "H W 3"]:
 
 
 def held_out_scenes(count: int, seed: int = 1_000_000) -> list[Scene]:
-    """Scenes with different captions for checking the model; `is_held_out` keeps them from training.
+    """Scenes with different captions for checking the model, whose first thing is held out of training.
 
     More of one seed begin with fewer of it.
     """
     found: dict[str, Scene] = {}
     for scene in (random_scene(s) for s in itertools.count(seed)):
-        if is_held_out(scene):
+        if _is_held_out(scene.things[0]):
             found.setdefault(scene.caption(), scene)
         if len(found) == count:
             return list(found.values())
@@ -322,11 +329,15 @@ def held_out_scenes(count: int, seed: int = 1_000_000) -> list[Scene]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the first thing's colour and shape, together, are kept out of training in this motion.
+    """Whether a thing of the scene is kept out of training, be it the first or the second."""
+    return any(map(_is_held_out, scene.things))
 
-    One combination in sixteen or so: every word and every pair of words is seen in training, not every sentence.
+
+def _is_held_out(thing: Thing) -> bool:
+    """Whether this colour and shape, together, are kept out of training in this motion.
+
+    One combination in sixteen or so: every word and every pair of words is seen in training, not every thing.
     """
-    thing = scene.things[0]
     key = (list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), MOTIONS.index(thing.motion))
     return (5 * key[0] + 3 * key[1] + 7 * key[2]) % 16 == 0
 
