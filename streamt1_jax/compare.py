@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from streamt1_jax.config import MAX_SEED, RunConfig
 from streamt1_jax.contact_sheet import save_contact_sheet
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.measure import compilations
+from streamt1_jax.mini import checks, shapes, tracking, world
 from streamt1_jax.mini.checks import check_video
 from streamt1_jax.mini.world import HEIGHT, WIDTH, Scene, parse_caption
 from streamt1_jax.outputs import make_folder
@@ -102,6 +104,12 @@ def compare(
     return results
 
 
+def _sources_of_checks() -> str:
+    """A hash of the code that says what a check is worth: results of two versions are no table."""
+    sources = [Path(module.__file__).read_bytes() for module in (checks, tracking, shapes, world)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
 def mini_checker(pipe: StreamT1Pipeline) -> Checker | None:
     """The checks of the little world; None where the weights are not the embedded model's."""
     return check_mini if isinstance(pipe.weights, MiniWeights) else None
@@ -113,8 +121,8 @@ def check_mini(video: UInt8[np.ndarray, "T H W 3"], prompt: str) -> dict[str, fl
     scene = checkable_scene(prompt)
     if scene is None or video.shape[1:3] != (HEIGHT, WIDTH):
         return None
-    checks = check_video(video, scene)
-    return {"mean": checks.mean, **dataclasses.asdict(checks)}
+    found = check_video(video, scene)
+    return {"mean": found.mean, **dataclasses.asdict(found)}
 
 
 def checkable_scene(prompt: str) -> Scene | None:
@@ -156,7 +164,7 @@ class _Runner:
             "generate": dataclasses.asdict(asked),
             "rewards": {"short": self.rewards[0].name, "long": self.rewards[1].name},
             **{f"reward model {each.name}": dict(each.about) for each in self.rewards if each.about},
-            "checks": self.checker is not None,
+            "checks": self.checker is not None and _sources_of_checks(),
             "device": {"platform": device.platform, "kind": device.device_kind},  # times are compared too
         }
 
@@ -169,18 +177,20 @@ class _Runner:
     def make(self, entry: Entry, index: int) -> Result:
         """One result. Of several videos the one with the best final score is it, the earlier at a tie."""
         prompt, seed = self.plan.prompts[index], self.plan.seed(index)
-        best, finals, candidates, seconds = None, [], 0, 0.0
+        best, best_seed, finals, candidates, seconds = None, seed, [], 0, 0.0
         with compilations() as compiled:
             for number in range(entry.videos):
-                out = self._generate(entry, prompt, (seed + number) % MAX_SEED)
+                own_seed = (seed + number) % MAX_SEED
+                out = self._generate(entry, prompt, own_seed)
                 finals.append(out.trace.final_scores[out.trace.winner])
                 candidates += sum(len(chunk.candidates) for chunk in out.trace.chunks)
                 seconds += out.info["seconds"]["total"]
                 if best is None or _ranked(finals[-1]) > max(map(_ranked, finals[:-1])):
-                    best = out
+                    best, best_seed = out, own_seed
         assert best is not None
+        title = f"{entry.method.name}, {entry.budget} candidates a chunk, seed {best_seed}: {prompt}"
         for path in self.pictures(entry, index):
-            self._save(best, path, f"{entry.method.name}, {entry.budget} candidates a chunk, seed {seed}: {prompt}")
+            self._save(best, path, title)
         scores, parts = self._measure(best, prompt)
         return Result(
             method=entry.method.name,
@@ -239,8 +249,8 @@ class _Runner:
         return whole | self._check(out.frames, prompt), parts
 
     def _check(self, video: UInt8[np.ndarray, "T H W 3"], prompt: str) -> dict[str, float]:
-        checks = self.checker(video, prompt) if self.checker is not None else None
-        return {f"check.{name}": float(value) for name, value in (checks or {}).items()}
+        found = self.checker(video, prompt) if self.checker is not None else None
+        return {f"check.{name}": float(value) for name, value in (found or {}).items()}
 
     def _save(self, out: Output, path: Path, title: str) -> None:
         make_folder(path.parent)

@@ -82,10 +82,15 @@ def summarize(results: Sequence[Result], entries: Sequence[Entry]) -> dict[str, 
                 "budget": a.budget,
                 "score": _difference(ours, theirs, [primary]),
             }
-            for (b, theirs), (a, ours) in itertools.combinations(by_entry.items(), 2)
+            for (b, theirs), (a, ours) in itertools.combinations(sorted(by_entry.items(), key=_budgetless_first), 2)
             if b.method.one_candidate or a.budget == b.budget
         ],
     }
+
+
+def _budgetless_first(item: tuple[Entry, Any]) -> bool:
+    """What takes one candidate goes with every budget: the others are compared with it, whatever their order."""
+    return not item[0].method.one_candidate
 
 
 def _is_of(result: Result, entry: Entry) -> bool:

@@ -51,11 +51,6 @@ class Result:
     def key(self) -> tuple[str, int, int, str]:
         return self.method, self.budget, self.prompt_index, self.prompt
 
-    @property
-    def name(self) -> str:
-        """Of its picture and its video."""
-        return file_name(self.method, self.budget, self.prompt_index)
-
     def to_json(self) -> dict[str, Any]:
         """Plain data; numbers that are not finite become null."""
         return _without_nan(dataclasses.asdict(self))

@@ -358,6 +358,17 @@ def test_differences_are_taken_prompt_by_prompt():
     assert own["high"] - own["low"] > 10
 
 
+@pytest.mark.parametrize("names", [("longlive", "beam", "stream_t1"), ("stream_t1", "longlive", "beam")])
+def test_any_two_methods_are_compared_whatever_their_order(names):
+    levels = {"longlive": 1.0, "beam": 2.0, "stream_t1": 4.0}
+    pairs = summarize(results_of({name: [levels[name]] * 9 for name in names}), entries_of(names, [4]))["pairs"]
+    assert len(pairs) == 3
+    for pair in pairs:
+        (score,) = pair["score"].values()
+        assert score["mean"] == levels[pair["method"]] - levels[pair["less"]]
+    assert {pair["less"] for pair in pairs if "longlive" in pair.values()} == {"longlive"}
+
+
 def test_a_summary_counts_prompts_that_were_checked():
     summary = summarize(results_of({"longlive": [1.0] * 9, "beam": [2.0] * 9}), entries_of(["longlive", "beam"], [4]))
     assert (summary["prompts"], summary["checked"]) == (9, 5)
