@@ -185,6 +185,20 @@ class TestTraining:
         assert losses[-1] < 0.7 * losses[0], losses[::10]
         assert figures["accuracy"] > 0.75
 
+    def test_every_bad_video_is_bad_where_it_is_looked_at(self):
+        clips = CLIPS["long"]._replace(step=8)
+        numbers = list(range(40))
+        batch = draw_preferences(clips, rewards.caption_tokenizer(), numbers, world.training_scene, jax.random.key(0))
+        changing = {clips.kinds.index(kind) for kind in ("change", "jump")}
+        found = 0
+        for videos, kinds, pairs in zip(batch.videos, batch.kind, batch.pairs, strict=True):
+            counted = videos[:, : int(pairs.sum()) + 1]
+            for bad, kind in zip(counted[1:], kinds, strict=True):
+                if int(kind) in changing or clips.kinds[kind] in ("change", "jump"):
+                    found += 1
+                    assert jnp.abs(bad - counted[0]).max() > 0.02
+        assert found > 10
+
     @pytest.mark.parametrize("role", ROLES)
     def test_every_kind_can_be_drawn_for_some_scene(self, role):
         kinds, seen = CLIPS[role].kinds, set()

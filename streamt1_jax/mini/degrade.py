@@ -25,8 +25,6 @@ from streamt1_jax.mini import world
 from streamt1_jax.mini.world import BACKGROUNDS, COLOURS, MOTIONS, MOVES, SHAPES, SIZES, SPEEDS, Scene, Thing
 from streamt1_jax.types import HostOrDevice
 
-LAST_FRAME = 2000  # clips start anywhere before it
-
 SAME_SCENE = ("elsewhere", "absent")  # mixed in from the same caption
 WRONG_WORD = ("colour", "shape", "size", "number", "swap", "background")
 IN_TIME = ("motion", "rate", "frozen", "change", "jump", "flicker")
@@ -79,17 +77,23 @@ class Group(NamedTuple):
     kind: Int[HostOrDevice, " m"]  # index into SHORT_KINDS or LONG_KINDS
 
 
-def draw_group(scene: Scene, seed: int, kinds: tuple[str, ...], *, bad: int, frames: int, stride: int) -> Group:
-    """A group of a scene, degraded in `bad` of the given ways."""
+def draw_group(
+    scene: Scene, seed: int, kinds: tuple[str, ...], *, bad: int, frames: int, stride: int, counted: int | None = None
+) -> Group:
+    """A group of a scene, degraded in `bad` of the given ways.
+
+    Args:
+        counted: how many of the frames, from the first on, will be looked at; what changes on the way does so there.
+    """
     rng = np.random.default_rng((seed, 7))
     openings = rng.standard_normal((2, world.OPENINGS))
-    start = int(rng.integers(LAST_FRAME))
+    start = int(rng.integers(world.LAST_FRAME))
     times = start + stride * np.arange(frames)
     wanted = list(rng.permutation(len(kinds)))
     made: dict[int, Mixture] = {}
     while len(made) < bad:
         index = int(wanted.pop())
-        mixture = _degrade(scene, openings, times, kinds[index], rng)
+        mixture = _degrade(scene, openings, times, counted or frames, kinds[index], rng)
         if mixture is not None:
             made[index] = mixture
     mixtures = list(made.values())
@@ -106,7 +110,7 @@ def draw_group(scene: Scene, seed: int, kinds: tuple[str, ...], *, bad: int, fra
 
 
 def _degrade(
-    scene: Scene, openings: np.ndarray, times: np.ndarray, kind: str, rng: np.random.Generator
+    scene: Scene, openings: np.ndarray, times: np.ndarray, counted: int, kind: str, rng: np.random.Generator
 ) -> Mixture | None:
     """One bad video; None where this scene cannot be degraded like that."""
     good, count = world.place(scene, openings), len(times)
@@ -123,7 +127,8 @@ def _degrade(
         if kind in ("change", "flicker"):  # at times right, at times wrong in one of these
             what = str(rng.choice(["colour", "shape", "size", "absent"]))
         other = _another(scene, openings, what, rng)
-    return None if other is None else Mixture(other, times, _shares(kind, count, rng), _harm())
+    share = np.pad(_shares(kind, counted, rng), (0, count - counted), mode="edge")
+    return None if other is None else Mixture(other, times, share, _harm())
 
 
 def _other_times(scene: Scene, times: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray | None:

@@ -72,10 +72,12 @@ def draw_preferences(
     most = max(clips.frames - 1, 1)
     for number in numbers:
         scene = scene_of(number)
-        groups.append(draw_group(scene, number, clips.kinds, bad=BAD, frames=clips.frames, stride=clips.stride))
-        # Windows of all lengths, from that of the first chunk on.
-        length = np.random.default_rng((number, 8)).integers(min(2, most), most + 1)
+        # Windows of several lengths, from that of the first chunk on.
+        length = int(np.random.default_rng((number, 8)).integers(min(2, most), most + 1))
         pairs.append(np.arange(most) < length)
+        counted = min(length + 1, clips.frames)
+        sizes = {"frames": clips.frames, "stride": clips.stride, "counted": counted}
+        groups.append(draw_group(scene, number, clips.kinds, bad=BAD, **sizes))
         prompts.append(tokenizer(scene.caption()))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *groups)
     arrays: dict[str, Any] = {
