@@ -11,7 +11,7 @@ from streamt1_jax import SearchConfig, StreamT1Pipeline
 from streamt1_jax.config import ModelConfig
 from streamt1_jax.mini import shipped
 from streamt1_jax.mini.checks import check_video
-from streamt1_jax.mini.world import held_out_scenes
+from streamt1_jax.mini.world import Scene, background_picture, held_out_scenes
 from streamt1_jax.networks import network_graph
 
 SCENES = held_out_scenes(4)
@@ -41,6 +41,11 @@ def test_the_vae_brings_back_held_out_clips():
     assert np.mean(found) > 28, found
 
 
+def empty_video(scene: Scene, shape: tuple[int, ...]) -> np.ndarray:
+    """The right background, and nothing before it."""
+    return np.broadcast_to(background_picture(scene.background), shape).astype(np.uint8)
+
+
 @pytest.fixture(scope="module")
 def videos() -> list[np.ndarray]:
     pipe = StreamT1Pipeline.from_pretrained("mini")
@@ -54,4 +59,6 @@ def test_a_generated_video_shows_what_its_caption_says(videos):
     noise = np.random.default_rng(0).integers(0, 256, videos[0].shape, np.uint8)
     random = [check_video(noise, scene).mean for scene in SCENES]
     assert min(made) > max(random), (made, random)
+    empty = [check_video(empty_video(scene, videos[0].shape), scene).mean for scene in SCENES]
+    assert all(np.array(made) > np.array(empty)), (made, empty)
     assert np.mean(made) > np.mean(others) + 0.1, (made, others)

@@ -13,10 +13,11 @@ from scipy.stats import norm
 from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError, WeightsError
 from streamt1_jax.measure import compilation_cache
-from streamt1_jax.mini import shipped, train, train_dit, world
+from streamt1_jax.mini import shipped, train, train_dit, train_vae, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.train import Recipe, continue_dit
 from streamt1_jax.mini.train_dit import coupled_noise, dit_task
+from streamt1_jax.mini.train_rewards import reward_task
 from streamt1_jax.mini.train_vae import standardise, vae_task
 from streamt1_jax.mini.training import Task, fit, init_train_state, make_train_step
 from streamt1_jax.networks import network_graph
@@ -69,9 +70,20 @@ def test_checkpoints_are_not_overwritten_unasked(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     task = line_task(2)
-    broken = Task(**{**task.__dict__, "loss": lambda params, batch, key: (jnp.sum(params["plane"]["bias"]) / 0.0, {})})
+    broken = dataclasses.replace(task, loss=lambda params, *_: (jnp.sum(params["plane"]["bias"]) / 0.0, {}))
     with pytest.raises(FloatingPointError, match="not finite at step"):
         fit(broken, tmp_path, seed=0)
+
+
+def test_stages_of_a_run_draw_other_numbers():
+    def noise(name: str, seed: int) -> float:
+        task = dataclasses.replace(
+            line_task(4), name=name, loss=lambda params, batch, key: (jnp.float32(0), {"drawn": jax.random.normal(key)})
+        )
+        return float(make_train_step(task, seed)(init_train_state(task), task.batch(0))[1]["drawn"])
+
+    assert len({noise("dit_first", 1), noise("dit", 1), noise("dit", 2)}) == 3
+    assert noise("dit", 1) == noise("dit", 1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,7 +109,7 @@ def loss_before_and_after(task: Task, steps: int) -> tuple[float, float]:
 @pytest.mark.slow
 def test_a_step_of_the_vae_lowers_its_loss():
     task = vae_task("vae", SMALL, steps=100, batch=1, frames=5, crop=16)
-    before, after = loss_before_and_after(Task(**{**task.__dict__, "warmup": 1}), steps=2)
+    before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
     assert after < before
 
 
@@ -147,8 +159,38 @@ def test_other_looks_are_of_chunk_0(vae, sequences, monkeypatch):
 @pytest.mark.parametrize("data", ["first_chunks", "sequences"])
 def test_a_step_of_the_dit_lowers_its_loss(data, request):
     task = dit_task("dit", SMALL, StreamConfig(), request.getfixturevalue(data), steps=100, batch=2)
-    before, after = loss_before_and_after(Task(**{**task.__dict__, "warmup": 1}), steps=2)
+    before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
     assert after < before
+
+
+@pytest.mark.slow
+def test_a_resumed_network_makes_the_same_updates(first_chunks, tmp_path):
+    task = dit_task("dit", SMALL, StreamConfig(), first_chunks, steps=4, batch=2)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = fit(task, tmp_path / "whole", seed=3)
+    stopped = dataclasses.replace(task, batch=lambda step: task.batch(step) if step < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(stopped, tmp_path / "parts", seed=3, save_every=2)
+    parts = fit(task, tmp_path / "parts", seed=3, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["short", "long"])
+def test_a_step_of_a_reward_lowers_its_loss(role):
+    task = reward_task(role, steps=100, groups=2)
+    before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
+    assert after < before
+
+
+def test_crops_hold_the_first_thing_when_the_loss_begins():
+    for step in range(40):
+        clips = train_vae._clips(step, 1, 48, 73, 0)
+        placed = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), clips.placed)
+        centre = world.pose(placed, jnp.int32(clips.start[0] + 73)).centre[0]
+        away = (np.asarray(centre)[::-1] - clips.corner[0]) % (world.HEIGHT, world.WIDTH)
+        assert (away < 48).all()
 
 
 @pytest.mark.slow
@@ -258,6 +300,20 @@ def test_sequences_of_another_version_are_refused(tmp_path, vae):
         train._sequences(tmp_path, SMALL, vae, 3, 1, seed=0, report=None)
 
 
+def test_a_run_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert train._commit() is None
+
+
+def test_going_on_under_another_version_is_recorded(tmp_path, monkeypatch):
+    first = train._begin(tmp_path, Recipe(), 3, resume=False)
+    assert "resumed_with" not in train._begin(tmp_path, Recipe(), 3, resume=True)
+    monkeypatch.setattr(train, "_commit", lambda: "another")
+    for _ in range(2):
+        again = train._begin(tmp_path, Recipe(), 3, resume=True)
+    assert again == {**first, "resumed_with": [{"commit": "another"}]}
+
+
 def test_recipe_names_are_checked():
     assert Recipe.parse("vae=3,dit=4") == Recipe(vae=3, dit=4)
     assert Recipe.parse(None) == Recipe()
@@ -313,8 +369,15 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
     for ours, theirs in zip(*map(jax.tree.leaves, kept), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
+    shipped.add_to_mini(out, {"reward_short": {"w": jnp.ones(2)}}, {"rewards": "mine"})
     continue_dit(out, start, recipe, seed=3, resume=True)
-    assert shipped.read_manifest(out)["sha256"] == after["sha256"]
+    again = shipped.read_manifest(out)
+    assert (set(again["networks"]), again["origin"]) == (
+        {"vae", "dit", "text", "reward_short"},
+        {**after["origin"], "rewards": "mine"},
+    )
+    with pytest.raises(BadInputError, match="seed is 5"):
+        continue_dit(out, start, recipe, seed=5)
     for folder, numbers, seed in ((start, recipe, 3), (out, recipe, 4), (out, dataclasses.replace(recipe, dit=3), 3)):
         with pytest.raises(BadInputError, match="another folder"):
             continue_dit(folder, start, numbers, seed=seed, resume=True)

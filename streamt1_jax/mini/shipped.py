@@ -4,7 +4,6 @@
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,31 +39,29 @@ def save_mini(folder: Path, networks: dict[str, PyTree], origin: dict[str, Any])
     _write(folder, _stored(networks), origin)
 
 
-def add_to_mini(folder: Path, networks: dict[str, PyTree], origin: dict[str, Any]) -> None:
+def add_to_mini(
+    folder: Path, networks: dict[str, PyTree], origin: dict[str, Any], *, start: Path | None = None
+) -> None:
     """Puts networks beside those that a folder holds, if any, in the place of earlier ones of their names.
 
     Args:
         origin: goes into that of the manifest, key by key.
+        start: another such folder, for the networks that `folder` lacks.
 
     Raises:
         WeightsError: what stands there is damaged; a number too large for 16 bits.
     """
     from safetensors.numpy import load_file
 
-    if not is_mini(folder):
-        save_mini(folder, networks, origin)
-        return
-    manifest = _verify(folder)
-    kept = {
-        name: tensor for name, tensor in load_file(folder / TENSORS).items() if name.partition("/")[0] not in networks
-    }
-    _write(folder, kept | _stored(networks), manifest["origin"] | origin)
-
-
-def copy_mini(start: Path, folder: Path) -> None:
-    """Both files of `start`, into `folder`."""
-    for name in (TENSORS, MANIFEST):
-        shutil.copyfile(start / name, folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, np.ndarray] = {}
+    origins: dict[str, Any] = {}
+    for source in (start, folder):
+        if source is not None and is_mini(source):
+            origins |= _verify(source)["origin"]
+            tensors |= load_file(source / TENSORS)
+    kept = {name: tensor for name, tensor in tensors.items() if name.partition("/")[0] not in networks}
+    _write(folder, kept | _stored(networks), origins | origin)
 
 
 def _stored(networks: dict[str, PyTree]) -> dict[str, np.ndarray]:

@@ -30,7 +30,7 @@ from streamt1_jax.config import ModelConfig, StreamConfig
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.mini import world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
-from streamt1_jax.mini.shipped import add_to_mini, copy_mini, load_mini, read_manifest, save_mini
+from streamt1_jax.mini.shipped import add_to_mini, load_mini, read_manifest, save_mini
 from streamt1_jax.mini.train_dit import dit_task
 from streamt1_jax.mini.train_rewards import accuracy_by_kind, reward_task
 from streamt1_jax.mini.train_vae import standardise, vae_task
@@ -105,7 +105,8 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
     origin = _begin(out, recipe, seed, resume=resume)
     _begin(out, recipe, seed, resume=resume, keys=REWARD_KEYS, options="--only rewards ")  # or it would fail at the end
     run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report)
-    vae = run(vae_task("vae", config, steps=recipe.vae, decay_steps=2 * recipe.vae, batch=8, frames=5, crop=48))
+    short = functools.partial(vae_task, batch=8, frames=5, crop=48, decay_steps=2 * recipe.vae)
+    vae = run(short("vae", config, steps=recipe.vae, seed=seed))
     longer = functools.partial(vae_task, batch=4, crop=48)
     vae = run(longer("vae_long", config, vae, steps=recipe.vae_long, frames=17, seed=seed + 1))
     late = functools.partial(longer, frames=8, history=73, ema_decay=0.99)  # a short stage: its average forgets sooner
@@ -127,7 +128,7 @@ def continue_dit(
     The other arguments and the errors are those of `train_mini`.
 
     Raises:
-        BadInputError: also if `out` is `start`.
+        BadInputError: also if `out` is `start`, or if those weights were trained with this seed already.
         WeightsError: what stands in `start` is damaged or of another size.
     """
     if out.resolve() == start.resolve():
@@ -136,12 +137,16 @@ def continue_dit(
     abstract = {name: network_graph(config, name, jnp.float32)[1] for name in ("vae", "dit", "text")}
     old = {name: load_mini(start, name, network) for name, network in abstract.items()}
     manifest = read_manifest(start)
+    origin = manifest["origin"]
+    if seed in {record.get("seed") for record in (origin, *origin.get("continued", []))}:
+        raise BadInputError(
+            f"seed is {seed}, with which {start} was trained already; name another, for other scenes and noise"
+        )
     options, more = "--start DIR ", {"start_sha256": manifest["sha256"]}
     record = _begin(out, recipe, seed, resume=resume, keys=DIT_KEYS, options=options, more=more)
     made = {name: old[name] for name in ("dit", "text")}
     made = _train_dit(old["vae"], made, out, recipe, seed=seed, resume=resume, report=report)
-    copy_mini(start, out)
-    add_to_mini(out, made, {"continued": [*manifest["origin"].get("continued", []), record]})
+    add_to_mini(out, made, {"continued": [*origin.get("continued", []), record]}, start=start)
 
 
 def _train_dit(
@@ -243,24 +248,17 @@ def _begin(
         more: goes into the record.
 
     Returns:
-        The record; its commit is None outside a repository, and ends in "-dirty" where files had changed.
+        The record; its commit is None without git or a repository, and ends in "-dirty" where files had changed.
 
     Raises:
         BadInputError: the folder holds a run of other numbers, or one of the same and `resume` is False.
     """
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     numbers = dataclasses.asdict(recipe).items()
     steps = ",".join(f"{key}={value}" for key, value in numbers if not keys or key in keys)
     record = {
         "summary": f"trained on the little world (seed {seed})",
         "command": f"streamt1 train-mini {options}--steps {steps} --seed {seed}",
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "seed": seed,
         "python": sys.version.split()[0],
         "jax": jax.__version__,
@@ -279,4 +277,17 @@ def _begin(
         raise BadInputError(f"{out} holds another run: {said}; name another folder")
     if not resume:
         raise BadInputError(f"{out} holds this run already; pass --resume, or name another folder")
+    changed = {key: record[key] for key in ("commit", "python", "jax", "backend") if record[key] != earlier[key]}
+    if changed and changed not in earlier.setdefault("resumed_with", []):
+        earlier["resumed_with"].append(changed)
+        path.write_text(json.dumps(earlier, indent=2) + "\n", encoding="utf-8")
     return earlier
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
+    return found.stdout.strip() or None

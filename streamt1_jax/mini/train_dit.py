@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from streamt1_jax.config import PATCH, ModelConfig, StreamConfig
 from streamt1_jax.mini.sequences import Sequences
-from streamt1_jax.mini.training import Task
+from streamt1_jax.mini.training import Task, seed_of
 from streamt1_jax.mini.world import OPENINGS
 from streamt1_jax.models.dit import KV, CausalWanDiT, Past
 from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt
@@ -125,7 +125,7 @@ def dit_task(
         return jnp.sum(losses * weights) / jnp.sum(weights), figures
 
     def draw(step: int) -> Sequences:
-        rows = np.random.default_rng((seed, step)).choice(len(data.latents), batch, replace=False)
+        rows = np.random.default_rng((seed_of(name, seed), step)).choice(len(data.latents), batch, replace=False)
         return Sequences(*(leaf[np.sort(rows)] for leaf in data))
 
     return Task(name, init, draw, loss, steps, learning_rate=2e-3)
@@ -206,7 +206,7 @@ def first_chunk_inputs(
         other_looks: the same, if things looked otherwise.
         openings: of the scene.
     """
-    keys = dict(zip(("guess", "level", "coupled", "whether", "share", "lower"), jax.random.split(key, 6), strict=True))
+    keys = dict(zip(("guess", "level", "whether", "share", "lower"), jax.random.split(key, 5), strict=True))
     unrelated = jax.random.normal(keys["guess"], clean.shape)
     guess = jax.lax.stop_gradient(unrelated - velocity(unrelated, jnp.int32(0)))  # sigma is 1 at the first level
     coupled = jnp.where(jax.random.bernoulli(keys["level"], FIRST_LEVEL_SHARE), 0, 1)

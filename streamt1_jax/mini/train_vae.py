@@ -26,7 +26,6 @@ from streamt1_jax.types import Frames, HostOrDevice, Scalar
 LATENT_NOISE = 0.15
 LATENT_COST = 1e-3
 DIFFERENCE_WEIGHT = 0.5
-LAST_FRAME = 2000  # clips start anywhere before it
 
 
 class Clips(NamedTuple):
@@ -97,19 +96,20 @@ def vae_task(
         return total, {"l1": pixels, "psnr": psnr, "latent_power": size}
 
     def clips(step: int) -> Clips:
-        return _clips(step, batch, crop, seed)
+        return _clips(step, batch, crop, history, seed)
 
     return Task(name, init, clips, loss, steps, learning_rate=2e-3, decay_steps=decay_steps, ema_decay=ema_decay)
 
 
-def _clips(step: int, batch: int, crop: int, seed: int) -> Clips:
+def _clips(step: int, batch: int, crop: int, history: int, seed: int) -> Clips:
+    """Crops are placed by where the first thing is after the history, when the loss begins."""
     rng = np.random.default_rng((seed, step))
     placed, starts, corners = [], [], []
     for _ in range(batch):
         number = int(rng.integers(2**31))
         placed.append(world.place(world.training_scene(number), world.draw_openings(number)))
-        starts.append(rng.integers(LAST_FRAME))
-        centre = world.pose(jax.tree.map(jnp.asarray, placed[-1]), jnp.int32(starts[-1])).centre[0]
+        starts.append(rng.integers(world.LAST_FRAME))
+        centre = world.pose(jax.tree.map(jnp.asarray, placed[-1]), jnp.int32(starts[-1] + history)).centre[0]
         corners.append(np.asarray(centre)[::-1].astype(int) - rng.integers(crop // 4, 3 * crop // 4, 2))
     return Clips(world.stack(placed), np.array(starts, np.int32), np.stack(corners).astype(np.int32))
 

@@ -9,6 +9,7 @@
 import functools
 import json
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,11 @@ def init_train_state(task: Task) -> TrainState:
     return TrainState(jnp.int32(0), params, make_optimizer(task).init(params), jax.tree.map(jnp.copy, params))
 
 
+def seed_of(stage: str, seed: int) -> int:
+    """A seed for the random numbers of one stage: a run has one, and its stages must not draw the same."""
+    return zlib.crc32(f"{stage} {seed}".encode())
+
+
 def make_train_step(task: Task, seed: int) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Scalar]]]:
     """One jitted update, `(state, batch) -> (state, figures)`; consumes the state."""
     import optax
@@ -98,7 +104,7 @@ def make_train_step(task: Task, seed: int) -> Callable[[TrainState, PyTree], tup
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Scalar]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(seed_of(task.name, seed)), state.step)
         (loss, figures), gradient = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, key)
         with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers and multiplies floats by them
             updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
