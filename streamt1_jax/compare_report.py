@@ -26,7 +26,7 @@ Summary = dict[str, Any]
 
 
 def comparison_table(summary: Summary) -> str:
-    """For every budget: all scores by method, the differences to Stream-T1, and what each method cost."""
+    """For every budget: scores by method, what each cost, differences to Stream-T1 and of any two, and drift."""
     lines = [_heading(summary), ""]
     for budget in _budgets(summary):
         entries = _at(summary["entries"], budget)
@@ -38,6 +38,9 @@ def comparison_table(summary: Summary) -> str:
             lines += _markdown(f"{REFERENCE} less", against, summary["metrics"], _difference_cell)
             lines += ["", "Prompt by prompt; * where the interval leaves out 0. Above 0, Stream-T1 is better.", ""]
         lines += _pairs(summary, budget)
+        drifting = [{"method": e["method"], "scores": e["last_less_first"]} for e in entries if e["last_less_first"]]
+        if drifting:
+            lines += [*_markdown("last stretch less first", drifting, summary["metrics"], _difference_cell), ""]
     return "\n".join(lines).rstrip()
 
 

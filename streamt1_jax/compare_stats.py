@@ -121,6 +121,7 @@ def _of_entry(entry: Entry, rows: Sequence[Result], metrics: Sequence[str]) -> d
         "seconds_of": len(ready),  # results; where 0, all of them compiled and the seconds hold that
         "scores": _scores([row.scores for row in rows], metrics),
         "drift": _drift(rows, metrics),
+        "last_less_first": _last_less_first(rows, metrics),
     }
 
 
@@ -134,6 +135,14 @@ def _drift(rows: Sequence[Result], metrics: Sequence[str]) -> list[dict[str, Any
         }
         for parts in zip(*(row.parts for row in rows), strict=True)
     ]
+
+
+def _last_less_first(rows: Sequence[Result], metrics: Sequence[str]) -> Scores:
+    """The last stretch less the first, video by video; nothing of videos of one stretch."""
+    ends = [(row.parts[0].scores, row.parts[-1].scores) for row in rows if len(row.parts) > 1]
+    return _scores(
+        [{name: last[name] - first[name] for name in first if name in last} for first, last in ends], metrics
+    )
 
 
 def _difference(ours: Sequence[Result], theirs: Sequence[Result], metrics: Sequence[str]) -> Scores:

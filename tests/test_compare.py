@@ -411,6 +411,9 @@ def test_the_table_says_what_it_holds(summary):
     assert ["reward.long", "+0.500 [+0.500, +0.500] *", "+0.250 [+0.250, +0.250] *", "+0.000 [+0.000, +0.000]"] in rows
     assert costs[2:] == ["candidates a chunk", "seconds a result", "measured on"]
     assert ["beam", "reward pruning alone", "4", "2.00", "10 results"] in rows
+    (drift,) = [row for row in rows if row[0].startswith("last stretch")]
+    assert drift[1:] == list(FOUR)
+    assert ["reward.long", *["-2.000 [-2.000, -2.000] *"] * 4] in rows, "each of the three stretches loses one"
 
 
 @pytest.mark.parametrize(
