@@ -52,11 +52,11 @@ class Recipe:
     vae: int = 1500
     vae_long: int = 1400
     vae_stream: int = 400
-    first_chunks: int = 6000  # scenes of which chunk 0 alone is encoded
+    first_chunks: int = 12000  # scenes of which chunk 0 alone is encoded
     sequences: int = 2000
     dit_first: int = 3500
     dit_first_batch: int = 24
-    dit: int = 1800
+    dit: int = 1200
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
     reward_short: int = 2000
