@@ -47,7 +47,7 @@ REWARD_KEYS = ("reward_short", "reward_long")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps of every stage, what is encoded, and batch sizes. The defaults take two CPU cores about three hours."""
+    """Steps of every stage, what is encoded, and batch sizes. Two CPU cores need four hours or so for the defaults."""
 
     vae: int = 1500
     vae_long: int = 1400
