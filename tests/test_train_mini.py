@@ -346,6 +346,7 @@ def test_saved_weights_come_back_and_are_verified(tmp_path, vae):
 @pytest.mark.slow
 def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
     monkeypatch.setattr(ModelConfig, "mini", classmethod(lambda cls: SMALL))
+    monkeypatch.setattr(train, "_commit", lambda: "of now")  # a file saved meanwhile would make the resumed run another
     abstract = {name: network_graph(SMALL, name, jnp.float32)[1] for name in ("dit", "text")}
     old = {name: random_params(network, seed=1) for name, network in abstract.items()}
     start, out = tmp_path / "start", tmp_path / "out"
