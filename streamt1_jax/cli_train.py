@@ -19,7 +19,7 @@ def add_train_mini(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="where weights, checkpoints and logs go")
-    add("--steps", metavar="NAME=N,...", help="other numbers than the recipe's, such as vae=100,dit=50")
+    add("--steps", metavar="NAME=N,...", help="other numbers than the recipe's, such as vae=100,dit=50 (see README)")
     which = parser.add_mutually_exclusive_group().add_argument
     which("--only", choices=["rewards"], help="train these alone, beside what stands in the folder; they need no VAE")
     which(
@@ -34,19 +34,22 @@ def _run_train_mini(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("optax") is None:
         raise BadInputError('optax is not installed, train-mini needs it; pip install "streamt1-jax[train]"')
     from streamt1_jax.mini.shipped import FOLDER
-    from streamt1_jax.mini.train import Recipe, continue_dit, train_mini, train_rewards
+    from streamt1_jax.mini.train import DIT_KEYS, REWARD_KEYS, Recipe, continue_dit, train_mini, train_rewards
 
-    recipe, out = Recipe.parse(args.steps), Path(args.out)
+    keys = REWARD_KEYS if args.only == "rewards" else None if args.start is None else DIT_KEYS
+    recipe, out = Recipe.parse(args.steps, keys), Path(args.out)
     options = {"seed": check_seed(args.seed), "resume": args.resume, "report": _report}
-    use = "--checkpoint"
-    if args.only == "rewards":
-        train_rewards(out, recipe, **options)
-        use = "--rewards"
-    elif args.start is not None:
-        continue_dit(out, FOLDER if args.start == "mini" else Path(args.start), recipe, **options)
-    else:
-        train_mini(out, recipe, **options)
-    print(f"wrote {Path(args.out) / 'mini.safetensors'}; use it with {use} {args.out}")
+    try:
+        if args.only == "rewards":
+            train_rewards(out, recipe, **options)
+        elif args.start is not None:
+            continue_dit(out, FOLDER if args.start == "mini" else Path(args.start), recipe, **options)
+        else:
+            train_mini(out, recipe, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("go on from the last checkpoint with --resume") from None
+    use = "--rewards" if args.only == "rewards" else "--checkpoint"
+    print(f"wrote {out / 'mini.safetensors'}; use it with {use} {out}")
     return 0
 
 

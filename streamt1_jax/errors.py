@@ -28,5 +28,9 @@ class OutOfMemoryError(StreamT1Error):
     exit_code = 4
 
 
+class TrainingError(StreamT1Error):
+    """A training that has diverged."""
+
+
 class RewardError(StreamT1Error):
     """A reward model failed, or no candidate of a chunk has a finite score."""

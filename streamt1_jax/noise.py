@@ -52,7 +52,11 @@ def recorded_noise(
 
 
 def propagate(eps: Chunk, beam_noise: Chunk, sigma: float) -> Chunk:
-    """Stream-Scaled Noise Propagation: sigma * beam_noise + sqrt(1 - sigma^2) * eps keeps unit variance."""
+    """Stream-Scaled Noise Propagation: sigma * beam_noise + sqrt(1 - sigma^2) * eps.
+
+    Unit variance is kept where the two are independent, which a fresh seed's draw is. The first candidate of a beam
+    draws its beam's own noise again, so its variance is not 1: as published.
+    """
     return sigma * beam_noise + (1.0 - sigma * sigma) ** 0.5 * eps
 
 

@@ -26,7 +26,7 @@ from streamt1_jax.compare_store import Part, Result, ResultStore
 from streamt1_jax.config import MAX_SEED, RunConfig, SearchConfig
 from streamt1_jax.contact_sheet import save_contact_sheet
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.mini import world
+from streamt1_jax.mini import shipped, world
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.result import Output
 from streamt1_jax.rewards import OK, PromptTable, Reward, Verdict
@@ -300,7 +300,11 @@ def test_only_sentences_of_the_world_are_checked():
     assert check_mini(np.zeros((9, 96, 128, 3), np.uint8), "a red circle moves right") is None, "of another size"
 
 
-def test_other_weights_than_the_embedded_models_are_not_checked():
+def test_the_embedded_models_videos_are_checked_and_no_others(tmp_path):
+    for name in (shipped.TENSORS, shipped.MANIFEST):
+        (tmp_path / name).write_bytes((shipped.FOLDER / name).read_bytes())
+    for ours in ("mini", tmp_path):  # what ships, and what `streamt1 train-mini` wrote
+        assert mini_checker(StreamT1Pipeline.from_pretrained(ours)) is check_mini
     assert mini_checker(FakePipeline()) is None
 
 
@@ -315,6 +319,15 @@ def test_the_checks_of_the_world_are_all_reported():
     assert {"mean", "colour", "shape", "direction", "number"} <= set(checks)
     assert all(isinstance(value, float) for value in checks.values())
     assert min(checks["mean"], checks["colour"], checks["direction"]) > 0.9, checks
+
+
+@pytest.mark.slow
+def test_the_command_checks_the_embedded_models_videos(tmp_path, capsys):
+    argv = ["compare", "--methods", "longlive", "--prompts", "1", "--frames", "9", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    assert "check.shape" in capsys.readouterr().out
+    (line,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["scores"]["check.mean"] <= 1
 
 
 # Statistics
@@ -375,6 +388,7 @@ def test_a_summary_counts_prompts_that_were_checked():
     assert summary["entries"][0]["scores"]["check.mean"]["prompts"] == 5
     assert summary["entries"][0]["scores"]["reward.long"]["prompts"] == 9
     assert summary["differences"] == [], "there is no stream_t1 to compare with"
+    assert summary["entries"][1]["by_prompt"] == [2.0, None] * 4 + [2.0]
     drift = summary["entries"][1]["drift"]
     assert [(part["start"], part["scores"]["reward.long"]["mean"]) for part in drift] == [(0, 2), (5, 1), (10, 0)]
 

@@ -199,6 +199,15 @@ class TestTraining:
         assert found > 10
 
     @pytest.mark.parametrize("role", ROLES)
+    def test_held_out_things_are_not_learned_as_bad_ones(self, role, monkeypatch):
+        shown, place = [], world.place
+        monkeypatch.setattr(world, "place", lambda scene, openings: shown.append(scene) or place(scene, openings))
+        for number in range(400):
+            degrade.draw_group(world.training_scene(number), number, CLIPS[role].kinds, bad=3, frames=2, stride=4)
+        assert len(set(shown)) > 600
+        assert not any(map(world.is_held_out, shown))
+
+    @pytest.mark.parametrize("role", ROLES)
     def test_every_kind_can_be_drawn_for_some_scene(self, role):
         kinds, seen = CLIPS[role].kinds, set()
         for number in range(60):

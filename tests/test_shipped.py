@@ -22,6 +22,10 @@ def psnr(video: np.ndarray, right: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((video.astype(float) - right.astype(float)) ** 2)))
 
 
+def test_the_package_stays_small():
+    assert sum(path.stat().st_size for path in shipped.FOLDER.iterdir()) <= 16 * 2**20
+
+
 @pytest.mark.slow
 def test_the_vae_brings_back_held_out_clips():
     graph, abstract = network_graph(ModelConfig.mini(), "vae", jnp.float32)

@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 from scipy.stats import norm
 
+from streamt1_jax import cli
 from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
-from streamt1_jax.errors import BadInputError, WeightsError
+from streamt1_jax.errors import BadInputError, TrainingError, WeightsError
 from streamt1_jax.measure import compilation_cache
-from streamt1_jax.mini import shipped, train, train_dit, train_vae, world
+from streamt1_jax.mini import shipped, train, train_dit, train_rewards, train_vae, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.train import Recipe, continue_dit
 from streamt1_jax.mini.train_dit import coupled_noise, dit_task
@@ -71,7 +72,7 @@ def test_checkpoints_are_not_overwritten_unasked(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     task = line_task(2)
     broken = dataclasses.replace(task, loss=lambda params, *_: (jnp.sum(params["plane"]["bias"]) / 0.0, {}))
-    with pytest.raises(FloatingPointError, match="not finite at step"):
+    with pytest.raises(TrainingError, match=r"not finite at step 2.* another seed"):
         fit(broken, tmp_path, seed=0)
 
 
@@ -161,6 +162,21 @@ def test_a_step_of_the_dit_lowers_its_loss(data, request):
     task = dit_task("dit", SMALL, StreamConfig(), request.getfixturevalue(data), steps=100, batch=2)
     before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
     assert after < before
+
+
+@pytest.mark.slow
+def test_a_step_of_the_text_encoder_alone_lowers_the_loss(first_chunks):
+    abstract = {name: network_graph(SMALL, name, jnp.float32)[1] for name in ("dit", "text")}
+    start = {name: random_params(network, seed=1) for name, network in abstract.items()}
+    task = dit_task("dit", SMALL, StreamConfig(), first_chunks, start, steps=100, batch=2)
+    batch, key, params = task.batch(0), jax.random.key(0), task.init()
+    loss = jax.jit(lambda text: task.loss(params | {"text": text}, batch, key)[0])
+    before, slope = jax.jit(jax.value_and_grad(loss))(params["text"])
+    size = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(slope))
+    assert size > 0
+    step = 1e-3 * float(before) / size  # to first order, a thousandth less
+    after = loss(jax.tree.map(lambda p, g: p - step * g, params["text"], slope))
+    np.testing.assert_allclose(float(before - after), 1e-3 * float(before), rtol=0.2)
 
 
 @pytest.mark.slow
@@ -326,6 +342,10 @@ def test_recipe_names_are_checked():
     ):
         with pytest.raises(BadInputError, match=message):
             Recipe.parse(text)
+    assert Recipe.parse("dit=4", train.DIT_KEYS) == Recipe(dit=4)
+    for keys in (train.DIT_KEYS, train.REWARD_KEYS):
+        with pytest.raises(BadInputError, match=r"'vae=3'.* a name of"):
+            Recipe.parse("vae=3", keys)
 
 
 def test_saved_weights_come_back_and_are_verified(tmp_path, vae):
@@ -384,3 +404,35 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
             continue_dit(folder, start, numbers, seed=seed, resume=True)
     with pytest.raises(BadInputError, match="pass --resume"):
         continue_dit(out, start, recipe, seed=3)
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_is_stopped_and_resumed(tmp_path, monkeypatch, capsys):
+    """All stages at two steps each; what a stopped and resumed run ships is what a whole one does, bit by bit."""
+    monkeypatch.setattr(ModelConfig, "mini", classmethod(lambda cls: SMALL))
+    monkeypatch.setattr(train, "accuracy_by_kind", lambda role, params: {"all": 0.5})
+    small = {role: clips._replace(groups=2) for role, clips in train_rewards.CLIPS.items()}
+    monkeypatch.setattr(train_rewards, "CLIPS", small)
+    numbers = dict.fromkeys(dataclasses.asdict(Recipe()), 2)
+    steps = ",".join(f"{key}={value}" for key, value in numbers.items())
+
+    def run(folder: str, *more: str) -> int:
+        return cli.main(["train-mini", "--out", str(tmp_path / folder), "--steps", steps, "--seed", "7", *more])
+
+    fit_stage = train._fit
+
+    def stop_at_the_dit(task, **options):
+        if task.name == "dit":
+            raise KeyboardInterrupt
+        return fit_stage(task, **options)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(train, "_fit", stop_at_the_dit)
+        assert run("parts") == 130
+    assert "go on from the last checkpoint with --resume" in capsys.readouterr().err
+    assert run("parts", "--resume") == 0
+    assert run("whole") == 0
+    parts, whole = (shipped.read_manifest(tmp_path / name) for name in ("parts", "whole"))
+    assert set(whole["networks"]) == {"vae", "dit", "text", "reward_short", "reward_long"}
+    assert parts["sha256"] == whole["sha256"]
+    assert whole["origin"]["command"] == f"streamt1 train-mini --steps {steps} --seed 7"

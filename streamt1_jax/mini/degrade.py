@@ -159,28 +159,38 @@ def _shares(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _another(scene: Scene, openings: np.ndarray, kind: str, rng: np.random.Generator) -> world.Placed | None:
-    """A scene that the caption does not mean, where nothing else is different."""
+    """What the caption does not mean, where nothing else is different; None where there is no such thing."""
     which = int(rng.integers(len(scene.things)))
-    thing = scene.things[which]
-    pick = lambda words, but: str(rng.choice([word for word in words if word not in but]))  # noqa: E731
-    taken = [each.colour for each in scene.things]
     if kind == "absent":
         placed = world.place(scene, openings)
         gone = np.arange(2) == which
         return placed._replace(radius=np.where(gone, 0, placed.radius).astype(np.float32))
+    other = _other_scene(scene, which, kind, rng)
+    if other is None or (world.is_held_out(other) and not world.is_held_out(scene)):
+        return None  # in training, what is never a good video must not be learned as a bad one either
+    return world.place(other, openings)
+
+
+def _other_scene(scene: Scene, which: int, kind: str, rng: np.random.Generator) -> Scene | None:
+    """The scene with another word, of the thing with this index if of one; None where it has none to change."""
+    thing = scene.things[which]
+    pick = lambda words, but: str(rng.choice([word for word in words if word not in but]))  # noqa: E731
+    taken = [each.colour for each in scene.things]
     if kind == "number":
         if len(scene.things) == 2:
             return None  # "absent" is the other way of being wrong
         added = dataclasses.replace(thing, colour=pick(COLOURS, ()), shape=pick(SHAPES, ()), motion=pick(MOVES, ()))
-        return world.place(dataclasses.replace(scene, things=(thing, added)), openings)
+        return dataclasses.replace(scene, things=(thing, added))
     if kind == "swap":
         if len(scene.things) == 1 or scene.things[0].shape == scene.things[1].shape:
             return None
         a, b = scene.things
         swapped = (dataclasses.replace(a, colour=b.colour), dataclasses.replace(b, colour=a.colour))
-        return world.place(dataclasses.replace(scene, things=swapped), openings)
+        return dataclasses.replace(scene, things=swapped)
     if kind == "background":
-        return world.place(dataclasses.replace(scene, background=pick(BACKGROUNDS, (scene.background,))), openings)
+        return dataclasses.replace(scene, background=pick(BACKGROUNDS, (scene.background,)))
+    if kind == "size" and thing.motion == "bounces":
+        return None  # its path depends on its size
     changed = {
         "colour": lambda: {"colour": pick(COLOURS, taken)},
         "shape": lambda: {"shape": pick(SHAPES, (thing.shape,))},
@@ -189,7 +199,7 @@ def _another(scene: Scene, openings: np.ndarray, kind: str, rng: np.random.Gener
     }[kind]()
     things = list(scene.things)
     things[which] = dataclasses.replace(thing, **changed)
-    return world.place(dataclasses.replace(scene, things=tuple(things)), openings)
+    return dataclasses.replace(scene, things=tuple(things))
 
 
 def _other_motion(thing: Thing, pick) -> dict[str, str]:

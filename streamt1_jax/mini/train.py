@@ -73,15 +73,18 @@ class Recipe:
             )
 
     @classmethod
-    def parse(cls, text: str | None) -> "Recipe":
+    def parse(cls, text: str | None, keys: tuple[str, ...] | None = None) -> "Recipe":
         """`vae=100,dit=50`: the named numbers instead of the defaults.
+
+        Args:
+            keys: the numbers that matter, and so the names there are; None: all.
 
         Raises:
             BadInputError: an unknown name, or no whole number of at least 1.
         """
         if not text:
             return cls()
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = keys or [f.name for f in dataclasses.fields(cls)]
         found = {}
         for pair in text.split(","):
             key, _, value = pair.partition("=")

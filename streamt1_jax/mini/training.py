@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from streamt1_jax.errors import BadInputError
+from streamt1_jax.errors import BadInputError, TrainingError
 from streamt1_jax.types import Scalar
 
 Loss = Callable[[PyTree, PyTree, Array], tuple[Scalar, dict[str, Scalar]]]
@@ -138,7 +138,7 @@ def fit(
 
     Raises:
         BadInputError: checkpoints are there already and `resume` is False.
-        FloatingPointError: the loss is not finite.
+        TrainingError: the loss is not finite.
     """
     import orbax.checkpoint as ocp
 
@@ -159,7 +159,10 @@ def fit(
             if (index + 1) % report_every == 0 or index + 1 == task.steps:
                 line = {key: float(value) / count for key, value in sums.items()}
                 if not all(map(jnp.isfinite, line.values())):
-                    raise FloatingPointError(f"{task.name}: the loss is not finite at step {index + 1}: {line}")
+                    raise TrainingError(
+                        f"{task.name}: the loss is not finite at step {index + 1}: {line}; start in another folder, "
+                        "with another seed"
+                    )
                 line = {"step": index + 1, "steps": task.steps, "seconds": time.monotonic() - started} | line
                 with (folder / f"{task.name}.jsonl").open("a") as log:
                     log.write(json.dumps(line) + "\n")
