@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
-from race import write_report
+from race import rank_correlation, write_report
 
 from streamt1_jax.config import ModelConfig, RunConfig, SearchConfig
 from streamt1_jax.generator import wan_generator
@@ -142,9 +142,9 @@ class Fidelity:
         difference = made.latents - expected.latents
         self.picks.append(bool((kept == exact_kept).all()))
         self.flags.append(float(same_flags.mean()))
-        self.rank_correlation.append(spearman(scores.fused, exact_scores.fused))
-        self.rank_correlation_short.append(spearman(scores.short, exact_scores.short))
-        self.rank_correlation_long.append(spearman(scores.long, exact_scores.long))
+        self.rank_correlation.append(rank_correlation(scores.fused, exact_scores.fused))
+        self.rank_correlation_short.append(rank_correlation(scores.short, exact_scores.short))
+        self.rank_correlation_long.append(rank_correlation(scores.long, exact_scores.long))
         self.relative_rms.append(float(jnp.sqrt(jnp.mean(difference**2) / jnp.mean(expected.latents**2))))
         self.largest.append(float(jnp.abs(difference).max()))
 
@@ -160,13 +160,6 @@ class Fidelity:
             "latent_largest_last": self.largest[-1],
             "latent_largest_worst": max(self.largest),
         }
-
-
-def spearman(a: Float[Array, "B K"], b: Float[Array, "B K"]) -> float:
-    """Correlation of the ranks; 1 is the same order. Equal numbers rank in the order that they come in."""
-    ranks_a, ranks_b = (np.argsort(np.argsort(np.ravel(x), kind="stable")) for x in (a, b))
-    n = ranks_a.size
-    return 1.0 - 6.0 * float(np.sum((ranks_a - ranks_b) ** 2)) / (n * (n * n - 1))
 
 
 def compare(exact: Run, fast: dict[str, Run], chunks: int) -> tuple[dict[str, Fidelity], Counter]:

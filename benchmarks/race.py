@@ -12,7 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
 AT_LEAST = 0.05  # seconds of one measurement; what is faster is called several times in it
 
@@ -48,6 +51,12 @@ def relative_rms(ours: PyTree, expected: PyTree) -> float:
         difference, size = (float(jnp.sqrt(jnp.mean(jnp.square(x)))) for x in (a - b, b))
         worst = max(worst, difference / max(size, 1e-30))
     return worst
+
+
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's, of all numbers of two arrays; 1 is the same order. NaN where those of either are all the same."""
+    a, b = np.ravel(a), np.ravel(b)
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]) if min(np.ptp(a), np.ptp(b)) > 0 else math.nan
 
 
 def write_report(file: str | None, report: Mapping[str, Any]) -> None:
