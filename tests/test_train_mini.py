@@ -14,7 +14,7 @@ from streamt1_jax import cli
 from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError, TrainingError, WeightsError
 from streamt1_jax.measure import compilation_cache
-from streamt1_jax.mini import shipped, train, train_dit, train_rewards, train_vae, world
+from streamt1_jax.mini import shipped, train, train_dit, train_vae, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.train import Recipe, continue_dit
 from streamt1_jax.mini.train_dit import coupled_noise, dit_task
@@ -407,32 +407,37 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_whole_recipe_is_stopped_and_resumed(tmp_path, monkeypatch, capsys):
-    """All stages at two steps each; what a stopped and resumed run ships is what a whole one does, bit by bit."""
+def test_the_whole_recipe_fits_together(tmp_path, monkeypatch, capsys):
+    """All stages in their order, each traced on its first batch in the place of being trained; stopped and resumed."""
     monkeypatch.setattr(ModelConfig, "mini", classmethod(lambda cls: SMALL))
     monkeypatch.setattr(train, "accuracy_by_kind", lambda role, params: {"all": 0.5})
-    small = {role: clips._replace(groups=2) for role, clips in train_rewards.CLIPS.items()}
-    monkeypatch.setattr(train_rewards, "CLIPS", small)
-    numbers = dict.fromkeys(dataclasses.asdict(Recipe()), 2)
-    steps = ",".join(f"{key}={value}" for key, value in numbers.items())
+    made, stop_at = [], ["dit"]
 
-    def run(folder: str, *more: str) -> int:
-        return cli.main(["train-mini", "--out", str(tmp_path / folder), "--steps", steps, "--seed", "7", *more])
-
-    fit_stage = train._fit
-
-    def stop_at_the_dit(task, **options):
-        if task.name == "dit":
+    def fit(task, folder, **options):
+        if task.name in stop_at:
             raise KeyboardInterrupt
-        return fit_stage(task, **options)
+        loss, _ = jax.eval_shape(task.loss, task.init(), task.batch(0), jax.random.key(0))
+        assert loss.shape == ()
+        made.append((task.name, task.steps, options["resume"]))
+        return task.init()
 
-    with monkeypatch.context() as stopping:
-        stopping.setattr(train, "_fit", stop_at_the_dit)
-        assert run("parts") == 130
+    monkeypatch.setattr(train, "fit", fit)
+    numbers = {f.name: 2 for f in dataclasses.fields(Recipe)} | {"dit_first": 3, "dit": 4, "reward_long": 5}
+    steps = ",".join(f"{key}={value}" for key, value in numbers.items())
+    argv = ["train-mini", "--out", str(tmp_path), "--steps", steps, "--seed", "7"]
+    assert cli.main(argv) == 130
     assert "go on from the last checkpoint with --resume" in capsys.readouterr().err
-    assert run("parts", "--resume") == 0
-    assert run("whole") == 0
-    parts, whole = (shipped.read_manifest(tmp_path / name) for name in ("parts", "whole"))
-    assert set(whole["networks"]) == {"vae", "dit", "text", "reward_short", "reward_long"}
-    assert parts["sha256"] == whole["sha256"]
-    assert whole["origin"]["command"] == f"streamt1 train-mini --steps {steps} --seed 7"
+    assert not (tmp_path / shipped.TENSORS).exists()
+    stop_at.clear()
+    made.clear()
+    assert cli.main([*argv, "--resume"]) == 0
+
+    rewards = [("reward_short", 2, True), ("reward_long", 5, True)]
+    vae = [(name, 2, True) for name in ("vae", "vae_long", "vae_stream")]
+    assert made == [*vae, ("dit_first", 3, True), ("dit", 4, True), *rewards]
+    manifest = shipped.read_manifest(tmp_path)
+    assert set(manifest["networks"]) == {"vae", "dit", "text", "reward_short", "reward_long"}
+    assert manifest["origin"]["command"] == f"streamt1 train-mini --steps {steps} --seed 7"
+    assert manifest["origin"]["rewards"]["accuracy"]["reward_long"] == {"all": 0.5}
+    for name in ("vae", "dit", "text"):
+        shipped.load_mini(tmp_path, name, network_graph(SMALL, name, jnp.float32)[1])  # of its sizes, undamaged
