@@ -60,10 +60,9 @@ def _run_compare(args: argparse.Namespace) -> int:
     entries = entries_of(names, numbers("--budget", args.budget))
     folder = Path(args.out)
     refuse_results(folder, resume=args.resume)
-    if args.sheets < 0 or (args.prompts is not None and args.prompts < 1):
-        raise BadInputError(
-            f"--sheets is {args.sheets}, --prompts {args.prompts}, expected at least 0 and 1: leave them out"
-        )
+    for name, number, least in (("--sheets", args.sheets, 0), ("--prompts", args.prompts, 1)):
+        if number is not None and number < least:
+            raise BadInputError(f"{name} is {number}, expected at least {least}: leave it out for its default")
     prompts = _prompts(args)
 
     from streamt1_jax import StreamT1Pipeline

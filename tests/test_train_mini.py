@@ -59,8 +59,10 @@ def test_a_resumed_run_makes_the_same_updates(tmp_path):
         fit(stopped, tmp_path / "parts", seed=3, save_every=10)
     parts = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
-    again = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True)
+    said = []
+    again = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True, report=said.append)
     jax.tree.map(np.testing.assert_array_equal, whole, again)
+    assert said == [{"step": 40, "steps": 40}], "a stage that is done says so"
 
 
 def test_checkpoints_are_not_overwritten_unasked(tmp_path):

@@ -134,7 +134,8 @@ def fit(
     Args:
         folder: for checkpoints, `<folder>/<task>/<step>`, of which the last two are kept, and `<task>.jsonl`.
         resume: go on from the newest checkpoint, if there is one.
-        report: called every `report_every` steps with the step's number and mean figures.
+        report: called every `report_every` steps with the step's number and mean figures; before the first, with the
+            number alone.
 
     Raises:
         BadInputError: checkpoints are there already and `resume` is False.
@@ -150,6 +151,8 @@ def fit(
             raise BadInputError(f"{folder / task.name} holds checkpoints already; pass --resume, or another folder")
         if newest is not None:
             state = manager.restore(newest, args=ocp.args.StandardRestore(state))
+        if report is not None:  # before the first step compiles, which takes minutes
+            report({"step": int(state.step), "steps": task.steps})
         train_step = make_train_step(task, seed)
         started, sums, count = time.monotonic(), {}, 0
         for index in range(int(state.step), task.steps):
