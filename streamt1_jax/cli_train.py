@@ -38,7 +38,12 @@ def _run_train_mini(args: argparse.Namespace) -> int:
 
     keys = REWARD_KEYS if args.only == "rewards" else None if args.start is None else DIT_KEYS
     recipe, out = Recipe.parse(args.steps, keys), Path(args.out)
-    options = {"seed": check_seed(args.seed), "resume": args.resume, "report": _report}
+    options = {
+        "seed": check_seed(args.seed),
+        "resume": args.resume,
+        "report": _report,
+        "interrupts": args.interrupts,
+    }
     try:
         if args.only == "rewards":
             train_rewards(out, recipe, **options)

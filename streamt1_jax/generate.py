@@ -189,7 +189,7 @@ def generate(
                 progress.show(result)
                 return args.interrupts.requested
 
-            with args.interrupts.after_chunk():
+            with args.interrupts.deferred():
                 out = pipe(
                     job.script.prompt,
                     frames=frames,

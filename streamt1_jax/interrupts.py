@@ -1,8 +1,8 @@
 """What SIGINT and SIGTERM do while a command runs.
 
 - Both stop it: as KeyboardInterrupt, so that every `finally` runs and no temporary file is left.
-- Inside `Interrupts.after_chunk` the first one is only remembered, and the loop over chunks ends when its chunk is
-  done; a second one stops at once.
+- Inside `Interrupts.deferred` the first one is only remembered, and the loop over chunks, or over steps of a training,
+  ends when the one at hand is done; a second one stops at once.
 - Inside `uninterrupted` both wait until the block is done: for renames that belong together.
 
 Only the main thread of a process can do this; in others all of it does nothing.
@@ -41,8 +41,8 @@ class Interrupts:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def after_chunk(self) -> Iterator[None]:
-        """The first signal is remembered in `requested`; whoever runs the block looks there when a chunk is done."""
+    def deferred(self) -> Iterator[None]:
+        """The first signal is remembered in `requested`; whoever runs the block looks there where it can stop."""
         self._patient = True
         try:
             yield

@@ -26,7 +26,7 @@ def test_a_signal_stops_at_once(number):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_one_waits_for_the_chunk_and_the_second_does_not(number):
     with Interrupts() as interrupts:
-        with interrupts.after_chunk():
+        with interrupts.deferred():
             assert not interrupts.requested
             send(number)
             assert interrupts.requested

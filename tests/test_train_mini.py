@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from scipy.stats import norm
 from streamt1_jax import cli
 from streamt1_jax.config import DiTConfig, ModelConfig, StreamConfig, UMT5Config, VAEConfig
 from streamt1_jax.errors import BadInputError, TrainingError, WeightsError
+from streamt1_jax.interrupts import Interrupts
 from streamt1_jax.measure import compilation_cache
 from streamt1_jax.mini import shipped, train, train_dit, train_vae, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
@@ -63,6 +65,20 @@ def test_a_resumed_run_makes_the_same_updates(tmp_path):
     again = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True, report=said.append)
     jax.tree.map(np.testing.assert_array_equal, whole, again)
     assert said == [{"step": 40, "steps": 40}], "a stage that is done says so"
+
+
+def test_a_signal_ends_a_training_after_its_step(tmp_path):
+    def signalled(step):
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return line_task(40).batch(step)
+
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        fit(dataclasses.replace(line_task(40), batch=signalled), tmp_path, seed=3, interrupts=interrupts)
+    assert [path.name for path in (tmp_path / "line").iterdir() if path.name.isdigit()] == ["7"], "the step is kept"
+    said = []
+    fit(line_task(40), tmp_path, seed=3, resume=True, report=said.append)
+    assert said[0] == {"step": 7, "steps": 40}
 
 
 def test_checkpoints_are_not_overwritten_unasked(tmp_path):

@@ -28,6 +28,7 @@ from jaxtyping import PyTree
 
 from streamt1_jax.config import ModelConfig, StreamConfig
 from streamt1_jax.errors import BadInputError
+from streamt1_jax.interrupts import Interrupts
 from streamt1_jax.mini import world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.shipped import add_to_mini, load_mini, read_manifest, save_mini
@@ -94,12 +95,21 @@ class Recipe:
         return cls(**found)
 
 
-def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False, report: Report | None = None) -> None:
+def train_mini(
+    out: Path,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    report: Report | None = None,
+    interrupts: Interrupts | None = None,
+) -> None:
     """Trains all networks; writes `mini.safetensors` and `mini.json` into `out`, and checkpoints beside them.
 
     Args:
         resume: go on in a folder that has checkpoints.
         report: called with the stage's name and its figures.
+        interrupts: as in `fit`.
 
     Raises:
         BadInputError: checkpoints are there already and `resume` is False.
@@ -107,7 +117,7 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
     config = ModelConfig.mini()
     origin = _begin(out, recipe, seed, resume=resume)
     _begin(out, recipe, seed, resume=resume, keys=REWARD_KEYS, options="--only rewards ")  # or it would fail at the end
-    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report)
+    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report, interrupts=interrupts)
     short = functools.partial(vae_task, batch=8, frames=5, crop=48, decay_steps=2 * recipe.vae)
     vae = run(short("vae", config, steps=recipe.vae, seed=seed))
     longer = functools.partial(vae_task, batch=4, crop=48)
@@ -115,13 +125,20 @@ def train_mini(out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False
     late = functools.partial(longer, frames=8, history=73, ema_decay=0.99)  # a short stage: its average forgets sooner
     vae = run(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
-    made = _train_dit(vae, None, out, recipe, seed=seed, resume=resume, report=report)
+    made = _train_dit(vae, None, out, recipe, seed=seed, resume=resume, report=report, interrupts=interrupts)
     save_mini(out, {"vae": vae, **made}, origin)
-    train_rewards(out, recipe, seed=seed, resume=True, report=report)
+    train_rewards(out, recipe, seed=seed, resume=True, report=report, interrupts=interrupts)
 
 
 def continue_dit(
-    out: Path, start: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False, report: Report | None = None
+    out: Path,
+    start: Path,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    report: Report | None = None,
+    interrupts: Interrupts | None = None,
 ) -> None:
     """Goes on with the DiT and the text encoder of earlier weights; writes them with the other networks into `out`.
 
@@ -148,7 +165,7 @@ def continue_dit(
     options, more = "--start DIR ", {"start_sha256": manifest["sha256"]}
     record = _begin(out, recipe, seed, resume=resume, keys=DIT_KEYS, options=options, more=more)
     made = {name: old[name] for name in ("dit", "text")}
-    made = _train_dit(old["vae"], made, out, recipe, seed=seed, resume=resume, report=report)
+    made = _train_dit(old["vae"], made, out, recipe, seed=seed, resume=resume, report=report, interrupts=interrupts)
     add_to_mini(out, made, {"continued": [*origin.get("continued", []), record]}, start=start)
 
 
@@ -161,10 +178,11 @@ def _train_dit(
     seed: int,
     resume: bool,
     report: Report | None,
+    interrupts: Interrupts | None,
 ) -> PyTree:
     """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing."""
     config = ModelConfig.mini()
-    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report)
+    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report, interrupts=interrupts)
     encoded = functools.partial(_sequences, out, config, vae, seed=seed, report=report)
     dit = functools.partial(dit_task, config=config, stream=StreamConfig(), seed=seed)
     first = encoded(recipe.first_chunks, 1)
@@ -174,7 +192,13 @@ def _train_dit(
 
 
 def train_rewards(
-    out: Path, recipe: Recipe, *, seed: int = 0, resume: bool = False, report: Report | None = None
+    out: Path,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    report: Report | None = None,
+    interrupts: Interrupts | None = None,
 ) -> None:
     """Trains both rewards and puts them beside the networks that stand in `out`, if any.
 
@@ -186,16 +210,18 @@ def train_rewards(
     made, accuracy = {}, {}
     for role, steps in stages.items():
         task = reward_task(role, steps=steps, seed=seed)
-        made[task.name] = _fit(task, out=out, seed=seed, resume=resume, report=report)
+        made[task.name] = _fit(task, out=out, seed=seed, resume=resume, report=report, interrupts=interrupts)
         accuracy[task.name] = accuracy_by_kind(role, made[task.name])
         if report is not None:
             report(f"{task.name}, held out", {"step": steps, "steps": steps} | accuracy[task.name])
     add_to_mini(out, made, {"rewards": origin | {"accuracy": accuracy}})
 
 
-def _fit(task: Task, *, out: Path, seed: int, resume: bool, report: Report | None) -> PyTree:
+def _fit(
+    task: Task, *, out: Path, seed: int, resume: bool, report: Report | None, interrupts: Interrupts | None
+) -> PyTree:
     say = None if report is None else functools.partial(report, task.name)
-    return fit(task, out, seed=seed, resume=resume, report=say)
+    return fit(task, out, seed=seed, resume=resume, report=say, interrupts=interrupts)
 
 
 def _latents_of_the_world(config: ModelConfig, vae: PyTree) -> jax.Array:

@@ -6,6 +6,7 @@
 - What is shipped is an exponential moving average of the parameters.
 """
 
+import contextlib
 import functools
 import json
 import time
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from streamt1_jax.errors import BadInputError, TrainingError
+from streamt1_jax.interrupts import Interrupts
 from streamt1_jax.types import Scalar
 
 Loss = Callable[[PyTree, PyTree, Array], tuple[Scalar, dict[str, Scalar]]]
@@ -128,6 +130,7 @@ def fit(
     save_every: int = 500,
     report: Callable[[dict[str, float]], None] | None = None,
     report_every: int = 50,
+    interrupts: Interrupts | None = None,
 ) -> PyTree:
     """Trains a network to its last step; returns the averaged parameters.
 
@@ -136,15 +139,19 @@ def fit(
         resume: go on from the newest checkpoint, if there is one.
         report: called every `report_every` steps with the step's number and mean figures; before the first, with the
             number alone.
+        interrupts: a signal ends the training after its step, with a checkpoint. None: it interrupts at once.
 
     Raises:
         BadInputError: checkpoints are there already and `resume` is False.
         TrainingError: the loss is not finite.
+        KeyboardInterrupt: a signal asked for it.
     """
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    with ocp.CheckpointManager((folder / task.name).absolute(), options=options) as manager:
+    # An interrupt inside the compilation of a step would end the process in a crash (jaxlib 0.10.2, CPU).
+    patience = contextlib.nullcontext() if interrupts is None else interrupts.deferred()
+    with patience, ocp.CheckpointManager((folder / task.name).absolute(), options=options) as manager:
         state = init_train_state(task)
         newest = manager.latest_step()
         if newest is not None and not resume:
@@ -172,6 +179,9 @@ def fit(
                 if report is not None:
                     report(line)
                 sums, count = {}, 0
-            if (index + 1) % save_every == 0 or index + 1 == task.steps:
+            stop = interrupts is not None and interrupts.requested
+            if stop or (index + 1) % save_every == 0 or index + 1 == task.steps:
                 manager.save(index + 1, args=ocp.args.StandardSave(state))
+            if stop:
+                raise KeyboardInterrupt
         return state.ema
