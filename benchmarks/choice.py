@@ -34,10 +34,10 @@ def measure(pipe: StreamT1Pipeline, caption: str, seconds: float, seed: int) -> 
 
 def summary(prompts: Sequence[Sequence[dict[str, float]]]) -> dict[str, dict]:
     """Per check: its mean, with an interval over prompts, of the video that each way of choosing takes."""
+    table = {name: np.array([[video[name] for video in videos] for videos in prompts]) for name in prompts[0][0]}
+    rewards = {key: table.pop(key) for key in REWARDS}
     found = {}
-    for name in (key for key in prompts[0][0] if key not in REWARDS):
-        checks = np.array([[video[name] for video in videos] for videos in prompts])
-        rewards = {key: np.array([[video[key] for video in videos] for videos in prompts]) for key in REWARDS}
+    for name, checks in table.items():
         chosen = {
             key: np.take_along_axis(checks, scores.argmax(1)[:, None], 1)[:, 0] for key, scores in rewards.items()
         }

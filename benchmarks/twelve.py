@@ -1,7 +1,9 @@
 """The twelve prompts that README shows, by the embedded model: one row of frames each, and the mean of its checks.
 
-python benchmarks/twelve.py --seconds 5 --every 8 --out docs/mini-stream-t1.png
-python benchmarks/twelve.py --seconds 30 --every 38 --one-candidate --out docs/mini-one-candidate-30s.png
+    python benchmarks/twelve.py --seconds 5 --every 8 --out docs/mini-stream-t1.png
+    python benchmarks/twelve.py --seconds 30 --every 38 --one-candidate --out docs/mini-one-candidate-30s.png
+
+Both ways of making them begin from the same seed.
 """
 
 import argparse

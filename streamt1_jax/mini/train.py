@@ -125,7 +125,7 @@ def train_mini(
     late = functools.partial(longer, frames=8, history=73, ema_decay=0.99)  # a short stage: its average forgets sooner
     vae = run(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
-    made = _train_dit(vae, None, out, recipe, seed=seed, resume=resume, report=report, interrupts=interrupts)
+    made = _train_dit(vae, None, out, recipe, run, seed=seed, report=report)
     save_mini(out, {"vae": vae, **made}, origin)
     train_rewards(out, recipe, seed=seed, resume=True, report=report, interrupts=interrupts)
 
@@ -165,7 +165,8 @@ def continue_dit(
     options, more = "--start DIR ", {"start_sha256": manifest["sha256"]}
     record = _begin(out, recipe, seed, resume=resume, keys=DIT_KEYS, options=options, more=more)
     made = {name: old[name] for name in ("dit", "text")}
-    made = _train_dit(old["vae"], made, out, recipe, seed=seed, resume=resume, report=report, interrupts=interrupts)
+    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report, interrupts=interrupts)
+    made = _train_dit(old["vae"], made, out, recipe, run, seed=seed, report=report)
     add_to_mini(out, made, {"continued": [*origin.get("continued", []), record]}, start=start)
 
 
@@ -174,15 +175,13 @@ def _train_dit(
     start: PyTree | None,
     out: Path,
     recipe: Recipe,
+    run: Callable[[Task], PyTree],
     *,
     seed: int,
-    resume: bool,
     report: Report | None,
-    interrupts: Interrupts | None,
 ) -> PyTree:
-    """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing."""
+    """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing; `run` trains a stage."""
     config = ModelConfig.mini()
-    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report, interrupts=interrupts)
     encoded = functools.partial(_sequences, out, config, vae, seed=seed, report=report)
     dit = functools.partial(dit_task, config=config, stream=StreamConfig(), seed=seed)
     first = encoded(recipe.first_chunks, 1)
