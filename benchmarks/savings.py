@@ -229,7 +229,7 @@ def streaming_decode(scene: Scene) -> Saving:
 
 def text_once(scene: Scene) -> Saving:
     """Cross-attention keys and values once a prompt, against anew in every forward; one candidate."""
-    schedule = few_step_schedule(scene.search.config.stream)
+    schedule = few_step_schedule(scene.search.config.stream, scene.model)
 
     def denoise_chunk(params, conditioning, draws, past, start):
         dit = scene.network(params)
@@ -248,7 +248,7 @@ def text_once(scene: Scene) -> Saving:
 def keys_rotated_once(scene: Scene) -> Saving:
     """The cache's keys rotated when they are stored, against anew in every forward; one candidate."""
     config, generator = scene.search.config, scene.search.generator
-    schedule, past = few_step_schedule(config.stream), scene.past()
+    schedule, past = few_step_schedule(config.stream, scene.model), scene.past()
     f, _, h, w = generator.chunk_shape
     each_slot = jax.vmap(lambda start: rope_angles(start, f, h // 2, w // 2, scene.model.dit.head_dim))
     angles = each_slot(scene.state.beams.cache.start[0])

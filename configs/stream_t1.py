@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config.stream.local_attn_size = 12  # sink + window + the chunk itself
     config.stream.sink_size = 3
     config.stream.denoising_steps = (1000, 750, 500, 250)
-    config.stream.timestep_shift = 5.0
+    config.stream.timestep_shift = None  # that of the weights: 5 for Wan's
     config.stream.context_noise = 0.0
     config.stream.global_sink = True  # whether a prompt switch keeps the sinks
 

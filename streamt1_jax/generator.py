@@ -60,7 +60,7 @@ def wan_generator(
     """
     dit_graphdef, _ = network_graph(config, "dit", dtype)
     decoder_graphdef, decoder_abstract = network_graph(config, "decoder", dtype)
-    schedule = few_step_schedule(stream)
+    schedule = few_step_schedule(stream, config)
     factor, f = config.vae.space_factor, stream.latent_frames_per_chunk
     latent = (height // factor, width // factor)
     tokens = f * (latent[0] // PATCH) * (latent[1] // PATCH)

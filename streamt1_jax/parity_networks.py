@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from streamt1_jax.config import StreamConfig
+from streamt1_jax.config import ModelConfig
 from streamt1_jax.models.attention import rope_angles, rotate
 from streamt1_jax.models.dit import CausalWanDiT
 from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt
@@ -51,7 +51,7 @@ def replay_lora(tensors: Recorded, sizes: Recorded) -> Iterator[Comparison]:
 
     flow, kv = forward()
     yield close("flow", flow, tensors["flow"][0], LATENT_TOLERANCE)
-    sigmas = scheduled_sigmas(StreamConfig().timestep_shift)
+    sigmas = scheduled_sigmas(ModelConfig().timestep_shift)
     sigma = float(sigmas[np.abs(1000 * sigmas - timestep).argmin()])
     yield close("x0", x - sigma * flow, tensors["x0"][0], LATENT_TOLERANCE)
     frames, _, height, width = x.shape

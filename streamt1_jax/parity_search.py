@@ -75,7 +75,7 @@ def replay_search(tensors: Recorded, sizes: Recorded) -> Iterator[Comparison]:
     params = {"dit": nnx.state(network, nnx.Param), "decoder": nnx.state(autoencoder.decoder, nnx.Param)}
     trace, latents = run_search(search, params, tensors["prompt_embeds"][0], seed, chunks)
 
-    steps = few_step_schedule(config.stream).timesteps
+    steps = few_step_schedule(config.stream, model).timesteps
     yield close("denoising steps", steps, tensors["denoising_steps_warped"], 1e-3)
     yield from _compare_candidates(trace, sizes["candidates"])
     histories = [[c.seed for c in trace.history(beam)] for beam in range(len(latents))]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamt1_jax.config import StreamConfig
+from streamt1_jax.config import ModelConfig, StreamConfig
 
 TRAIN_STEPS = 1000
 
@@ -28,9 +28,14 @@ def scheduled_sigmas(shift: float) -> np.ndarray:
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
-def few_step_schedule(config: StreamConfig) -> Schedule:
-    """Warps the configured steps: [1000, 750, 500, 250] with shift 5 -> [1000, 937.5, 833.333, 625]."""
-    scheduled = scheduled_sigmas(config.timestep_shift)
+def few_step_schedule(config: StreamConfig, model: ModelConfig) -> Schedule:
+    """Warps the configured steps: [1000, 750, 500, 250] with shift 5 -> [1000, 937.5, 833.333, 625].
+
+    Args:
+        model: gives the shift that `config` leaves open.
+    """
+    shift = model.timestep_shift if config.timestep_shift is None else config.timestep_shift
+    scheduled = scheduled_sigmas(shift)
     warped = np.append(TRAIN_STEPS * scheduled, 0.0)[[TRAIN_STEPS - step for step in config.denoising_steps]]
     nearest = np.abs(TRAIN_STEPS * scheduled[None] - warped[:, None]).argmin(axis=1)
     return Schedule(tuple(warped.tolist()), tuple(scheduled[nearest].tolist()))

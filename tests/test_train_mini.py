@@ -177,7 +177,7 @@ def test_other_looks_are_of_chunk_0(vae, sequences, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["first_chunks", "sequences"])
 def test_a_step_of_the_dit_lowers_its_loss(data, request):
-    task = dit_task("dit", SMALL, StreamConfig(), request.getfixturevalue(data), steps=100, batch=2)
+    task = dit_task("dit", SMALL, StreamConfig(), [(request.getfixturevalue(data), 2)], steps=100)
     before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
     assert after < before
 
@@ -186,7 +186,7 @@ def test_a_step_of_the_dit_lowers_its_loss(data, request):
 def test_a_step_of_the_text_encoder_alone_lowers_the_loss(first_chunks):
     abstract = {name: network_graph(SMALL, name, jnp.float32)[1] for name in ("dit", "text")}
     start = {name: random_params(network, seed=1) for name, network in abstract.items()}
-    task = dit_task("dit", SMALL, StreamConfig(), first_chunks, start, steps=100, batch=2)
+    task = dit_task("dit", SMALL, StreamConfig(), [(first_chunks, 2)], start, steps=100)
     batch, key, params = task.batch(0), jax.random.key(0), task.init()
     loss = jax.jit(lambda text: task.loss(params | {"text": text}, batch, key)[0])
     before, slope = jax.jit(jax.value_and_grad(loss))(params["text"])
@@ -199,7 +199,7 @@ def test_a_step_of_the_text_encoder_alone_lowers_the_loss(first_chunks):
 
 @pytest.mark.slow
 def test_a_resumed_network_makes_the_same_updates(first_chunks, tmp_path):
-    task = dit_task("dit", SMALL, StreamConfig(), first_chunks, steps=4, batch=2)
+    task = dit_task("dit", SMALL, StreamConfig(), [(first_chunks, 2)], steps=4)
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     whole = fit(task, tmp_path / "whole", seed=3)
@@ -390,7 +390,7 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
     start, out = tmp_path / "start", tmp_path / "out"
     shipped.save_mini(start, {"vae": vae, **old}, {"summary": "a test", "continued": [{"seed": 5}]})
     recipe = Recipe(
-        first_chunks=2, sequences=2, chunks=2, dit_first=2, dit_first_batch=2, dit=2, dit_batch=2, vae=9, reward_long=9
+        first_chunks=4, sequences=2, chunks=2, dit_first=2, dit_first_batch=2, dit=2, dit_batch=2, vae=9, reward_long=9
     )
     continue_dit(out, start, recipe, seed=3)
 
@@ -398,7 +398,7 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
     first, record = after["origin"]["continued"]
     assert (after["origin"]["summary"], first) == ("a test", {"seed": 5})
     assert record["start_sha256"] == before["sha256"]
-    numbers = "first_chunks=2,sequences=2,dit_first=2,dit_first_batch=2,dit=2,dit_batch=2,chunks=2"
+    numbers = "first_chunks=4,sequences=2,dit_first=2,dit_first_batch=2,dit=2,dit_batch=2,chunks=2"
     assert record["command"] == f"streamt1 train-mini --start DIR --steps {numbers} --seed 3"
     for name in ("dit", "text"):
         new = shipped.load_mini(out, name, abstract[name])

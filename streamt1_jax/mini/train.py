@@ -5,7 +5,7 @@ vae_long   longer ones: a causal network sees more and more of the past as a vid
 vae_stream the end of clips after a long past, as in the middle of a video
 (encode)   sequences of the world as latents, kept in the folder
 dit_first  first chunks alone, many at a time: where noise says that things are is learned from nothing else
-dit        whole sequences, with the cache of inference
+dit        whole sequences, with the cache of inference, and more first chunks
 rewards    one for frames, one for motion; they see pixels and captions alone, so they can be trained at any time
 """
 
@@ -44,6 +44,7 @@ from streamt1_jax.weights import MiniWeights
 Report = Callable[[str, dict[str, float]], None]
 DIT_KEYS = ("first_chunks", "sequences", "dit_first", "dit_first_batch", "dit", "dit_batch", "chunks")
 REWARD_KEYS = ("reward_short", "reward_long")
+FIRSTS_A_SEQUENCE = 2  # first chunks in a batch beside each of its sequences
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Recipe:
     vae: int = 1500
     vae_long: int = 1400
     vae_stream: int = 400
-    first_chunks: int = 12000  # scenes of which chunk 0 alone is encoded
-    sequences: int = 2000
-    dit_first: int = 3500
+    first_chunks: int = 9000  # scenes of which chunk 0 alone is encoded
+    sequences: int = 800
+    dit_first: int = 3600
     dit_first_batch: int = 24
-    dit: int = 1200
+    dit: int = 1000
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
     reward_short: int = 2000
@@ -67,9 +68,11 @@ class Recipe:
         wrong = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) < 1]
         if wrong:
             raise BadInputError(f"{', '.join(wrong)} must be at least 1; leave the key out for its default")
-        if self.dit_first_batch > self.first_chunks or self.dit_batch > self.sequences:
+        firsts = max(self.dit_first_batch, FIRSTS_A_SEQUENCE * self.dit_batch)
+        if firsts > self.first_chunks or self.dit_batch > self.sequences:
             raise BadInputError(
-                f"a batch cannot be larger than its set: dit_first_batch is {self.dit_first_batch} of first_chunks "
+                f"a batch cannot be larger than its set: dit_first_batch is {self.dit_first_batch} and "
+                f"{FIRSTS_A_SEQUENCE} dit_batch {FIRSTS_A_SEQUENCE * self.dit_batch} of first_chunks "
                 f"{self.first_chunks}, dit_batch {self.dit_batch} of sequences {self.sequences}"
             )
 
@@ -185,9 +188,11 @@ def _train_dit(
     encoded = functools.partial(_sequences, out, config, vae, seed=seed, report=report)
     dit = functools.partial(dit_task, config=config, stream=StreamConfig(), seed=seed)
     first = encoded(recipe.first_chunks, 1)
-    made = run(dit("dit_first", data=first, start=start, steps=recipe.dit_first, batch=recipe.dit_first_batch))
+    made = run(dit("dit_first", sets=[(first, recipe.dit_first_batch)], start=start, steps=recipe.dit_first))
     data = encoded(recipe.sequences, recipe.chunks)
-    return run(dit("dit", data=data, start=made, steps=recipe.dit, batch=recipe.dit_batch))
+    # First chunks beside them and a lower rate: few sequences alone unlearn what many first chunks have taught.
+    sets = [(data, recipe.dit_batch), (first, FIRSTS_A_SEQUENCE * recipe.dit_batch)]
+    return run(dit("dit", sets=sets, start=made, steps=recipe.dit, learning_rate=1e-3))
 
 
 def train_rewards(

@@ -37,12 +37,11 @@ from streamt1_jax.mini.world import OPENINGS
 from streamt1_jax.models.dit import KV, CausalWanDiT, Past
 from streamt1_jax.models.umt5 import UMT5Encoder, encode_prompt
 from streamt1_jax.networks import network_graph
-from streamt1_jax.schedule import few_step_schedule
+from streamt1_jax.schedule import Schedule, few_step_schedule
 from streamt1_jax.types import Chunk, Scalar
 
 COUPLED_LEVELS = 2  # of the schedule, from the noisiest on
-FIRST_CHUNK_WEIGHT = 2.0  # all goes on from chunk 0, for which there is nothing but noise and prompt
-FIRST_LEVEL_SHARE = 0.25  # of the coupled draws of chunk 0; of its estimate 6 % enter the second level
+FIRST_LEVEL_SHARE = 0.25  # of the coupled draws of chunk 0; of its estimate 17 % enter the second level
 OTHER_LOOKS_SHARE = 0.6  # of the draws of chunk 0 at lower levels that begin from things of other looks
 CONTEXT_NOISE = 0.3  # at most; the sigma of what is added to a true chunk in the cache
 OWN_OUTPUT_SHARE = 0.4  # of the chunks in the cache
@@ -93,19 +92,20 @@ def dit_task(
     name: str,
     config: ModelConfig,
     stream: StreamConfig,
-    data: Sequences,
+    sets: list[tuple[Sequences, int]],
     start: PyTree | None = None,
     *,
     steps: int,
-    batch: int,
+    learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> Task:
     """The training of {"dit", "text"}.
 
     Args:
-        data: encoded sequences; a batch is drawn from them.
+        sets: encoded sequences, and how many of them are in a batch; the figures are those of the first set.
         start: parameters to go on from; None: random ones.
     """
+    schedule = few_step_schedule(stream, config)
     dit_graph, _ = network_graph(config, "dit", jnp.float32)
     text_graph, _ = network_graph(config, "text", jnp.float32)
 
@@ -116,23 +116,37 @@ def dit_task(
         """`sequence_losses` by these parameters."""
         dit = nnx.merge(dit_graph, params["dit"])
         dit.unroll = config.dit.num_layers  # its gradient need not gather what every turn of a loop has kept
-        return sequence_losses(dit, nnx.merge(text_graph, params["text"]), stream, example, key)
+        return sequence_losses(dit, nnx.merge(text_graph, params["text"]), stream, schedule, example, key)
 
-    def loss(params: PyTree, examples: Sequences, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
-        keys = jax.random.split(key, batch)
-        losses, weights = jax.vmap(one, in_axes=(None, 0, 0))(params, examples, keys)
-        figures = {"chunk_0": jnp.mean(losses[:, 0]), "last_chunk": jnp.mean(losses[:, -1])}
+    def loss(params: PyTree, examples: tuple[Sequences, ...], key: Array) -> tuple[Scalar, dict[str, Scalar]]:
+        made = []
+        for part, part_key in zip(examples, jax.random.split(key, len(sets)), strict=True):
+            keys = jax.random.split(part_key, len(part.latents))
+            made.append(jax.vmap(one, in_axes=(None, 0, 0))(params, part, keys))
+        losses, weights = (jnp.concatenate([leaf.ravel() for leaf in leaves]) for leaves in zip(*made, strict=True))
+        first, _ = made[0]
+        figures = {"chunk_0": jnp.mean(first[:, 0]), "last_chunk": jnp.mean(first[:, -1])}
         return jnp.sum(losses * weights) / jnp.sum(weights), figures
 
-    def draw(step: int) -> Sequences:
-        rows = np.random.default_rng((seed_of(name, seed), step)).choice(len(data.latents), batch, replace=False)
-        return Sequences(*(leaf[np.sort(rows)] for leaf in data))
+    def draw(step: int) -> tuple[Sequences, ...]:
+        rng = np.random.default_rng((seed_of(name, seed), step))
+        return tuple(_draw(rng, *part) for part in sets)
 
-    return Task(name, init, draw, loss, steps, learning_rate=2e-3)
+    return Task(name, init, draw, loss, steps, learning_rate)
+
+
+def _draw(rng: np.random.Generator, data: Sequences, count: int) -> Sequences:
+    rows = np.sort(rng.choice(len(data.latents), count, replace=False))
+    return Sequences(*(leaf[rows] for leaf in data))
 
 
 def sequence_losses(
-    dit: CausalWanDiT, encoder: UMT5Encoder, stream: StreamConfig, example: Sequences, key: Array
+    dit: CausalWanDiT,
+    encoder: UMT5Encoder,
+    stream: StreamConfig,
+    schedule: Schedule,
+    example: Sequences,
+    key: Array,
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """(loss, weight in the mean) of every chunk of one sequence, each with those before it in the cache.
 
@@ -142,7 +156,6 @@ def sequence_losses(
     latents, other_looks, openings, tokens, mask = map(
         jnp.asarray, (example.latents, example.other_looks, example.openings, example.tokens, example.mask)
     )
-    schedule = few_step_schedule(stream)
     if len(schedule.sigmas) != 2 * COUPLED_LEVELS:
         raise ValueError(f"the embedded model is trained for {2 * COUPLED_LEVELS} steps, not {len(schedule.sigmas)}")
     sigmas = jnp.asarray(schedule.sigmas, jnp.float32)
@@ -166,7 +179,7 @@ def sequence_losses(
         if chunk + 1 < len(latents):
             seen = _context(clean, estimates[1], key_context)
             caches.append(dit.context(seen, context_time, text, past, start_frame))
-    weights = jnp.ones(len(latents)).at[0].set(FIRST_CHUNK_WEIGHT)
+    weights = jnp.ones(len(latents))
     if len(latents) > 1:  # after a gap in time the first chunk has no neighbour to go on from
         follows = example.start[1] == stream.latent_frames_per_chunk
         weights = weights.at[1].set(follows.astype(jnp.float32))
