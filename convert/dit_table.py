@@ -36,7 +36,7 @@ def wan_dit_rules(prefix: str = "") -> list[Rule]:
 
 
 def longlive_dit_rules() -> list[Rule]:
-    """Rules for the generator of LongLive and Self-Forcing: Wan's names behind `model.` (SPEC section 9)."""
+    """Rules for the generator of LongLive and Self-Forcing: Wan's names behind `model.` (METHOD section 9)."""
     return wan_dit_rules(prefix=r"model\.")
 
 

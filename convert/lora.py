@@ -1,4 +1,4 @@
-"""Merging a LoRA into the weights it was trained on, while they are read (SPEC section 9).
+"""Merging a LoRA into the weights it was trained on, while they are read (METHOD section 9).
 
 `W += (alpha / rank) * B @ A`, in float32; the one cast to the parameters' type comes after.
 """

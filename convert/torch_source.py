@@ -193,7 +193,7 @@ def select_flat(loaded: Any, path: Path) -> Selected:
 
 
 def select_generator(ema: bool | None) -> Select:
-    """Picks the generator of a LongLive or Self-Forcing checkpoint (SPEC section 9).
+    """Picks the generator of a LongLive or Self-Forcing checkpoint (METHOD section 9).
 
     Args:
         ema: True takes `generator_ema`, False the weights as trained (`generator` or `model`), None the averaged

@@ -1,4 +1,4 @@
-"""The KV cache of one beam: fixed chunk slots, never shifted, never re-rotated per step (SPEC sections 3 and 6).
+"""The KV cache of one beam: fixed chunk slots, never shifted, never re-rotated per step (METHOD sections 3 and 6).
 
 Slots stand in the order: first sinks, window, appended sinks. A sink is appended only once the window is full, so the
 valid slots are a prefix at every moment, and one length replaces every attention mask. With 1 sink, 2 window slots and
@@ -83,7 +83,7 @@ def sinks_of(cache: Cache, config: RunConfig) -> Past:
 
 
 def rewrite(cache: Cache, kv: KV, *, chunk: Count, sinks: bool, config: RunConfig) -> Cache:
-    """Stores recent chunks anew, in the slots where their numbers belong (SPEC section 9).
+    """Stores recent chunks anew, in the slots where their numbers belong (METHOD section 9).
 
     Args:
         kv: keys (rotated) and values of the chunks up to `chunk - 1`, [L, count * t, N, D].

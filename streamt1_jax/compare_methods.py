@@ -3,7 +3,7 @@
 - A method that prunes tries all its candidates for every chunk of one video: a budget of 4 is 2 beams of 2 candidates,
   8 is 2x4, 2 is 1x2 (`config.grid_of`).
 - One that does not prune makes as many independent videos of one candidate, and the best of them is its result.
-- Both choose at the end by one rule, the search's own: the best long reward of the whole video (SPEC section 5).
+- Both choose at the end by one rule, the search's own: the best long reward of the whole video (METHOD section 5).
 - `stream_t1-UNIT` is Stream-T1 with that unit switched off alone, at the same budget.
 """
 

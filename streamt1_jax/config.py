@@ -52,7 +52,7 @@ def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bo
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of the causal Wan DiT, in the names of the published `config.json` (SPEC section 2)."""
+    """Sizes of the causal Wan DiT, in the names of the published `config.json` (METHOD section 2)."""
 
     dim: int = 1536
     ffn_dim: int = 8960
@@ -99,7 +99,7 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the causal Wan VAE (SPEC section 7)."""
+    """Sizes of the causal Wan VAE (METHOD section 7)."""
 
     dim: int = 96
     z_dim: int = 16
@@ -142,7 +142,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class UMT5Config:
-    """Sizes of the UMT5 encoder (SPEC section 8)."""
+    """Sizes of the UMT5 encoder (METHOD section 8)."""
 
     vocab_size: int = 256384
     dim: int = 4096
@@ -244,7 +244,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """The chunk loop: few-step schedule, window and sink (SPEC sections 1 and 3). Lengths in latent frames."""
+    """The chunk loop: few-step schedule, window and sink (METHOD sections 1 and 3). Lengths in latent frames."""
 
     latent_frames_per_chunk: int = 3
     local_attn_size: int = 12  # sink + window + the chunk itself
@@ -252,7 +252,7 @@ class StreamConfig:
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
     timestep_shift: float | None = None  # None: that of the weights, 5 for Wan's
     context_noise: float = 0.0
-    global_sink: bool = True  # at a prompt switch the sinks are kept; False: replaced like the window (SPEC section 9)
+    global_sink: bool = True  # at a prompt switch the sinks are kept; False: replaced too (METHOD section 9)
 
     def __post_init__(self):
         steps = self.denoising_steps
@@ -315,7 +315,7 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The test-time search (SPEC sections 4 to 6). The defaults are the released ones."""
+    """The test-time search (METHOD sections 4 to 6). The defaults are the released ones."""
 
     beams: int = 2  # "top_k" in the released code
     candidates_per_beam: int = 2  # "beam_size" in the released code
@@ -390,7 +390,7 @@ class SearchConfig:
 
     @classmethod
     def longlive(cls) -> "SearchConfig":
-        """Plain LongLive streaming: one candidate, fresh noise, every eviction dropped (SPEC section 9)."""
+        """Plain LongLive streaming: one candidate, fresh noise, every eviction dropped (METHOD section 9)."""
         return cls(beams=1, candidates_per_beam=1, noise_propagation=False, sinking=False)
 
 

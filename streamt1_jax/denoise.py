@@ -1,4 +1,4 @@
-"""Few-step denoising of one candidate's chunk (SPEC sections 1 and 3)."""
+"""Few-step denoising of one candidate's chunk (METHOD sections 1 and 3)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the rewards say of every candidate of a chunk, and the flags that follow from it (SPEC sections 5 and 6)."""
+"""What the rewards say of every candidate of a chunk, and the flags that follow from it (METHOD sections 5 and 6)."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from streamt1_jax.window import Seen, to_pixels
 def judge(
     search: Search, conditioning: Conditioning, state: StreamState, candidates: Candidates, seen: Seen, *, first: bool
 ) -> Scores:
-    """Asks both rewards and fuses what they say; fixes the flags for the day of eviction (SPEC sections 5 and 6)."""
+    """Asks both rewards and fuses what they say; fixes the flags for the day of eviction (METHOD sections 5 and 6)."""
     with jax.named_scope("judge"):
         shown = short_frames(seen.chunk, search.config.search.short_reward_frames)
         short, short_failed = _ask(search, search.short, shown, shown.shape[2], conditioning)

@@ -1,4 +1,4 @@
-"""Noise as a pure function of a seed, and its propagation from chunk to chunk (SPEC section 4)."""
+"""Noise as a pure function of a seed, and its propagation from chunk to chunk (METHOD section 4)."""
 
 import hashlib
 from collections.abc import Callable, Mapping

@@ -132,7 +132,7 @@ def picture_url(pixels: np.ndarray) -> str:
 
 
 def memory_lanes(trace: Trace, stream: StreamConfig) -> list[dict[str, Any]]:
-    """What the video's own beam remembered of each of its chunks, and when (SPEC sections 3, 6 and 9).
+    """What the video's own beam remembered of each of its chunks, and when (METHOD sections 3, 6 and 9).
 
     Returns:
         Per chunk: `spans` of (kind, first, last), the chunks that could attend to it as "sink", "window" or "append";

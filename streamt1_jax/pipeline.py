@@ -293,7 +293,7 @@ class StreamT1Pipeline:
         return reward
 
     def _finish(self, request: Request, stream: VideoStream, results: Sequence[ChunkResult], started: float) -> Output:
-        """The whole video of every kept beam is scored once more, and the best is the result (SPEC section 5)."""
+        """The whole video of every kept beam is scored once more, and the best is the result (METHOD section 5)."""
         records = [result.record for result in results]
         trace = Trace(tuple(result.chunk for result in results), switches=tuple(stream.switches))
         videos = [beam_frames(trace, records, beam) for beam in range(len(records[-1].kept))]

@@ -1,4 +1,4 @@
-"""Stream-Scaled Reward Pruning: fuse the two scores, keep the best beams (SPEC section 5)."""
+"""Stream-Scaled Reward Pruning: fuse the two scores, keep the best beams (METHOD section 5)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int

@@ -1,4 +1,4 @@
-"""The few-step flow-matching schedule (SPEC section 1)."""
+"""The few-step flow-matching schedule (METHOD section 1)."""
 
 from dataclasses import dataclass
 

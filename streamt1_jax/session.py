@@ -125,7 +125,7 @@ class VideoStream(Iterator[ChunkResult]):
         return self._state
 
     def switch_prompt(self, prompt: str) -> None:
-        """Shows another prompt from the next chunk on, with its KV recache (SPEC section 9); the last call counts.
+        """Shows another prompt from the next chunk on, with its KV recache (METHOD section 9); the last call counts.
 
         Raises:
             BadInputError: a prompt that cannot be used, or no chunk is to come.

@@ -1,4 +1,4 @@
-"""Stream-Scaled Memory Sinking: what becomes of a chunk that the window evicts (SPEC section 6)."""
+"""Stream-Scaled Memory Sinking: what becomes of a chunk that the window evicts (METHOD section 6)."""
 
 from enum import IntEnum
 

@@ -1,4 +1,4 @@
-"""The streaming search: `step` = propose, watch, judge, select, recall, commit; and its drivers (SPEC sections 3 to 6).
+"""The streaming search: `step` = propose, watch, judge, select, recall, commit; its drivers (METHOD sections 3 to 6).
 
 - `step` is pure. `rollout` runs it under `jax.lax.scan`, one program for a whole video; `stream_chunks` runs the same
   function chunk by chunk from Python.
@@ -158,7 +158,7 @@ def select(search: Search, state: StreamState, candidates: Candidates, seen: See
 def recall(
     search: Search, params: PyTree, conditioning: Conditioning, state: StreamState, winners: Winners, *, first: bool
 ) -> KV:
-    """The context pass of the kept chunks: what later chunks will see of them, [B, L, t, N, D] (SPEC section 3)."""
+    """The context pass of the kept chunks: what later chunks will see of them, [B, L, t, N, D] (METHOD section 3)."""
     with jax.named_scope("recall"):
         start = state.chunk * search.config.stream.latent_frames_per_chunk
 
@@ -181,7 +181,7 @@ def commit(
     *,
     first: bool,
 ) -> tuple[StreamState, ChunkRecord]:
-    """Makes the winners the beams: their chunks go into the caches, what leaves is routed (SPEC section 6)."""
+    """Makes the winners the beams: their chunks go into the caches, what leaves is routed (METHOD section 6)."""
     with jax.named_scope("commit"):
         parent = winners.parent
         store = functools.partial(commit_chunk, chunk=state.chunk, config=search.config)

@@ -1,4 +1,4 @@
-"""Prompt switch: the cache is made anew under another prompt, at a chunk boundary (SPEC section 9).
+"""Prompt switch: the cache is made anew under another prompt, at a chunk boundary (METHOD section 9).
 
 What a beam remembers of its past are keys and values that the old prompt has shaped. `recache` passes its last chunks
 through the network once more, all together and with full attention among them, under the new prompt; what comes out

@@ -1,4 +1,4 @@
-"""Prompts: what may come in, how text is cleaned, and token ids of a fixed length (SPEC section 8).
+"""Prompts: what may come in, how text is cleaned, and token ids of a fixed length (METHOD section 8).
 
 - A prompt is checked before any weights load, and is never changed by the check; cleaning happens on the
   way into the tokenizer, so what a user typed is what is recorded.

@@ -20,7 +20,7 @@ ROUTES: tuple[RouteName, ...] = get_args(RouteName)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate of one chunk (SPEC sections 4 to 6)."""
+    """One candidate of one chunk (METHOD sections 4 to 6)."""
 
     chunk: int
     parent_beam: int | None  # rank of the beam it continues; None in chunk 0
@@ -71,7 +71,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Switch:
-    """A change of the prompt (SPEC section 9)."""
+    """A change of the prompt (METHOD section 9)."""
 
     chunk: int  # the first one under the new prompt
     prompt: str

@@ -1,4 +1,4 @@
-"""What the rewards see of a candidate, in the two decode modes (SPEC section 5).
+"""What the rewards see of a candidate, in the two decode modes (METHOD section 5).
 
 - "streaming" (default): a decoder carries its state per beam, so each pixel frame is decoded once; the beam remembers
   the frames of its last W chunks.

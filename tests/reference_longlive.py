@@ -1,4 +1,4 @@
-"""LongLive with prompt switches in plain NumPy and float64, written from SPEC sections 1, 2, 3 and 9 alone.
+"""LongLive with prompt switches in plain NumPy and float64, after METHOD sections 1, 2, 3 and 9 alone.
 
 Nothing is shared with the package: weights have their published names, keys and values are kept in lists of chunks,
 every angle is that of a frame's own position, and a window is cut from the list. Slow, and plain to read.

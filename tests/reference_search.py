@@ -1,4 +1,4 @@
-"""The whole search once more, written from SPEC.md alone: NumPy and Python lists, one candidate at a time.
+"""The whole search once more, after docs/METHOD.md alone: NumPy and Python lists, one candidate at a time.
 
 The networks and rewards are those of `fake_generator.py`, by their own formulas in float64.
 """
@@ -83,7 +83,7 @@ def text_of(prompt: np.ndarray) -> float:
 
 
 class ReferenceSearch:
-    """SPEC sections 3 to 6.
+    """METHOD sections 3 to 6.
 
     Args:
         draws: the draws of a seed, (initial [f, C, h, w], renoise [steps - 1, f, C, h, w]).
@@ -167,7 +167,7 @@ class ReferenceSearch:
         return Result(candidates, evicted, kept_beams, self.closest)
 
     def recache(self, beam: Beam, chunk: int) -> None:
-        """SPEC section 9; an appended sink is a sink, and goes the way of the first one."""
+        """METHOD section 9; an appended sink is a sink, and goes the way of the first one."""
         first, window = self.s["sinks"], self.s["window"]
         local = first + window + 1
         replaced = not self.s["global_sink"] or chunk <= local

@@ -89,7 +89,7 @@ class Remembered:
 
 
 class PlainCache:
-    """SPEC sections 3 and 6 with Python lists; the chunk that overflows the window is routed at once."""
+    """METHOD sections 3 and 6 with Python lists; the chunk that overflows the window is routed at once."""
 
     def __init__(self, layout: Layout, sinking: bool):
         self.layout, self.sinking = layout, sinking

@@ -1,4 +1,4 @@
-"""The causal DiT against diffusers, the recorded reference run and a plain NumPy network written from SPEC.md."""
+"""The causal DiT against diffusers, the recorded reference run and a plain NumPy network after docs/METHOD.md."""
 
 import functools
 import json
@@ -159,7 +159,7 @@ def test_matches_the_recorded_run():
 
 
 class PlainDiT:
-    """SPEC section 2 in float64. All frames of all chunks at once; a token sees its own chunk and earlier ones."""
+    """METHOD section 2 in float64. All frames of all chunks at once; a token sees its own chunk and earlier ones."""
 
     def __init__(self, model: CausalWanDiT):
         params = dotted(nnx.state(model, nnx.Param))

@@ -1,4 +1,4 @@
-"""Noise as a function of a seed, seeds by their formula, and propagation (SPEC section 4)."""
+"""Noise as a function of a seed, seeds by their formula, and propagation (METHOD section 4)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Fusing the scores, keeping the best beams, and the flags of memory sinking (SPEC sections 5 and 6), by hand."""
+"""Fusing the scores, keeping the best beams, and the flags of memory sinking (METHOD sections 5 and 6), by hand."""
 
 import jax.numpy as jnp
 import numpy as np

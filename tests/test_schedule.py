@@ -1,4 +1,4 @@
-"""The few-step schedule and the denoising loop (SPEC section 1)."""
+"""The few-step schedule and the denoising loop (METHOD section 1)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The search with a deterministic stand-in for the networks, against a plain reference written from SPEC.md."""
+"""The search with a deterministic stand-in for the networks, against a plain reference after docs/METHOD.md."""
 
 import dataclasses
 import functools

@@ -86,7 +86,7 @@ def batched_attention(implementation: Literal["xla", "cudnn"]):
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of the D/2 rotary pairs belong to frame, row and column: 128 -> (22, 21, 21) (SPEC section 2)."""
+    """How many of the D/2 rotary pairs belong to frame, row and column: 128 -> (22, 21, 21) (METHOD section 2)."""
     spatial = head_dim // 6
     return head_dim // 2 - 2 * spatial, spatial, spatial
 

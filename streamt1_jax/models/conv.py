@@ -1,4 +1,4 @@
-"""The convolutions of the Wan VAE: causal in time, streaming, channels last (SPEC section 7).
+"""The convolutions of the Wan VAE: causal in time, streaming, channels last (METHOD section 7).
 
 What is unusual about them:
 - No convolution pads the future. What it saw last is its `past`, an argument and a result; zeros at the start.

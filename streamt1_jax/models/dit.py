@@ -1,4 +1,4 @@
-"""The causal Wan diffusion transformer for one chunk of one candidate (SPEC section 2).
+"""The causal Wan diffusion transformer for one chunk of one candidate (METHOD section 2).
 
 - It never writes a cache: past keys and values come in read-only, a context pass returns the new chunk's.
 - What depends on the prompt or the step alone (cross-attention keys and values, time modulation) is an input,
@@ -202,13 +202,13 @@ class CausalWanDiT(nnx.Module):
     def __call__(
         self, x: Chunk, time: TimeModulation, text: KV, past: Past | None, start_frame: Int[Array, ""]
     ) -> Float[Array, "f C h w"]:
-        """The flow v of a noisy chunk, float32; x0 = x - sigma * v (SPEC section 1)."""
+        """The flow v of a noisy chunk, float32; x0 = x - sigma * v (METHOD section 1)."""
         tokens, angles = self._tokens(x, start_frame)
         tokens, _ = self._run(tokens, time, text, past, angles, self.config.num_layers, keep_kv=False)
         return self._unpatchify(self.head(tokens, time), x.shape)
 
     def context(self, x: Chunk, time: TimeModulation, text: KV, past: Past | None, start_frame: Int[Array, ""]) -> KV:
-        """Keys and values that later chunks see of a finished chunk (SPEC section 3).
+        """Keys and values that later chunks see of a finished chunk (METHOD section 3).
 
         Runs no head, and of the last block only what makes its keys and values.
         """

@@ -1,4 +1,4 @@
-"""The UMT5 encoder: token ids to prompt embeddings (SPEC section 8).
+"""The UMT5 encoder: token ids to prompt embeddings (METHOD section 8).
 
 What is unusual about it:
 - every layer has its own relative position bias, where T5 shares the first layer's;
@@ -155,7 +155,7 @@ class UMT5Encoder(nnx.Module):
 
 
 def encode_prompt(encoder: UMT5Encoder, ids: Int[Array, "P"], mask: Int[Array, "P"]) -> PromptEmbeds:
-    """The prompt embeddings of one prompt (unbatched): hidden states, zero past the EOS (SPEC section 8).
+    """The prompt embeddings of one prompt (unbatched): hidden states, zero past the EOS (METHOD section 8).
 
     The EOS's own row stays. Arguments as those of `UMT5Encoder.__call__`.
     """

@@ -1,4 +1,4 @@
-"""The causal Wan VAE, streaming in both directions (SPEC section 7).
+"""The causal Wan VAE, streaming in both directions (METHOD section 7).
 
 What is unusual about it:
 - The unit of work is one latent frame: 1 pixel frame if it is the first of the video, `time_factor` (4) otherwise.

@@ -1,4 +1,4 @@
-"""What the Wan VAE's encoder and decoder are both made of (SPEC section 7).
+"""What the Wan VAE's encoder and decoder are both made of (METHOD section 7).
 
 A module that carries something from one latent frame to the next has `init_state(h, w)`, the zeros before the
 first frame, and takes its state as an argument and returns the next one.

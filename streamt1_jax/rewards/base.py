@@ -8,7 +8,7 @@ in `Reward.failures` until the driver, outside the loop, calls `raise_if_failed`
 - Prompts travel as an index into a `PromptTable`, or as token ids for a reward that reads those; text has no place in
   a compiled program.
 - A score that is NaN or infinite with status `OK` is the reward's own word: the search never keeps such a
-  candidate while a finite one exists (SPEC section 5). Status `FAILED` means that there is no score at all.
+  candidate while a finite one exists (METHOD section 5). Status `FAILED` means that there is no score at all.
 """
 
 from collections.abc import Callable, Iterable, Mapping
