@@ -8,6 +8,7 @@
 import argparse
 import contextlib
 import os
+import statistics
 import sys
 import traceback
 import typing
@@ -222,6 +223,12 @@ def _tell(job: "Job", out: "Output") -> None:
     for name, path in zip(("video", "record", "tree", "report"), job.paths.results, strict=True):
         print(f"{name:7} {path}")
     print(f"weights {out.info['weights']['summary']}")
+    seconds = out.info["seconds"]
+    steady = seconds["chunks"][2:]  # the first two compile
+    print(
+        f"time    {seconds['total']:.1f} s for {len(out.frames) / out.fps:.1f} s of video"
+        + (f"; {statistics.median(steady):.3f} s a chunk after the first two" if steady else "")
+    )
     if saving := out.info.get("saving"):
         print(
             f"saving  {saving['seconds_per_chunk']:.3f} s a chunk for a state of {saving['state_bytes'] / 1e6:.1f} MB"

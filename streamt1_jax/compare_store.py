@@ -110,7 +110,8 @@ class ResultStore:
         settings = json.loads(json.dumps({"software": SOFTWARE, **settings}), parse_constant=str)
         if self.path.exists():
             _refuse_other_settings(folder / SETTINGS, settings)
-            self._read()
+            _end_with_a_whole_line(self.path)
+            self.results = {result.key: result for result in read_results(self.path)}
         else:
             write_json(folder / SETTINGS, settings)
 
@@ -129,20 +130,31 @@ class ResultStore:
                 f"{str(self.path)!r} cannot be written ({error.strerror}): make room, then go on with --resume"
             ) from error
 
-    def _read(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # a line that was being written when the run stopped
-            with self.path.open("rb+") as file:
-                file.truncate(whole)
-        for number, line in enumerate(data[:whole].decode("utf-8").split("\n")[:-1], start=1):
-            try:
-                result = Result.from_json(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise BadInputError(
-                    f"{str(self.path)!r}, line {number} is no result ({error!r}): remove that line and resume"
-                ) from error
-            self.results[result.key] = result
+
+def read_results(path: Path) -> list[Result]:
+    """The results of a file, line by line.
+
+    Raises:
+        BadInputError: a line that is no result.
+    """
+    results = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            results.append(Result.from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInputError(
+                f"{str(path)!r}, line {number} is no result ({error!r}): remove that line and resume"
+            ) from error
+    return results
+
+
+def _end_with_a_whole_line(path: Path) -> None:
+    """Drops a line that was being written when a run stopped."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("rb+") as file:
+            file.truncate(whole)
 
 
 def _refuse_other_settings(path: Path, settings: Mapping[str, Any]) -> None:

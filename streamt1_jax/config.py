@@ -229,8 +229,8 @@ class ModelConfig:
         """The embedded model: the same three architectures, 128x80 pixels.
 
         Its schedule is less noisy than Wan's: the more tokens a frame has, the more noise it takes to hide as much
-        (Esser et al. 2024, arXiv:2403.03206, section 5.3.2), and here are 40 for 1560. At a shift of 5 three of the
-        four steps would say where things are, and one what they look like.
+        (Esser et al. 2024, arXiv:2403.03206, section 5.3.2), and here are 40 for 1560. With a shift of 5 three of the
+        four steps said where things are, and one what they look like; 5/3 was chosen by a trial.
         """
         return cls(
             dit=DiTConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=64, text_dim=128, text_len=64),

@@ -1,14 +1,15 @@
 """What SIGINT and SIGTERM do while a command runs.
 
 - Both stop it: as KeyboardInterrupt, so that every `finally` runs and no temporary file is left.
-- Inside `Interrupts.deferred` the first one is only remembered, and the loop over chunks, or over steps of a training,
-  ends when the one at hand is done; a second one stops at once.
+- Inside `Interrupts.deferred` the first one is remembered and acknowledged on stderr, and the loop over chunks, or over
+  steps of a training, ends when the one at hand is done; a second one stops at once.
 - Inside `uninterrupted` both wait until the block is done: for renames that belong together.
 
 Only the main thread of a process can do this; in others all of it does nothing.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPING = b"\nstopping when the step at hand is done; a second signal stops at once\n"
 
 
 class Interrupts:
@@ -39,6 +41,8 @@ class Interrupts:
         again, self.requested = self.requested, True
         if again or not self._patient:
             raise KeyboardInterrupt
+        with contextlib.suppress(OSError):  # no one listens any more
+            os.write(2, STOPPING)  # `print` cannot begin inside a print that was interrupted
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

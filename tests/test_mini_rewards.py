@@ -19,7 +19,7 @@ from streamt1_jax.config import RunConfig
 from streamt1_jax.errors import BadInputError, WeightsError
 from streamt1_jax.mini import degrade, rewards, shipped, train, world
 from streamt1_jax.mini.rewards import RewardNet, make_reward, mini_long, mini_short, reward_graph
-from streamt1_jax.mini.train_rewards import CLIPS, accuracy_by_kind, draw_preferences, reward_task
+from streamt1_jax.mini.train_rewards import CLIPS, accuracy_by_kind, draw_preferences, draw_window, reward_task
 from streamt1_jax.rewards import PromptTable, PromptTokens
 from streamt1_jax.rewards.choice import check_choice, make_rewards
 from streamt1_jax.rewards.registry import Role
@@ -162,7 +162,7 @@ class TestTraining:
 
     def test_the_good_video_is_the_world_but_for_a_nuisance(self):
         clips, scene = CLIPS["long"], world.training_scene(5)
-        group = degrade.draw_group(scene, 5, clips.kinds, bad=3, frames=clips.frames, stride=clips.stride)
+        group = degrade.draw_group(scene, 5, clips.kinds, draw_window(clips, 5), bad=3)
         group = group._replace(nuisance=degrade.Harm(*(np.zeros((), np.float32) for _ in degrade.HARMS)))
         (filmed,) = degrade.film_groups(jax.tree.map(lambda x: x[None], group), jax.random.key(0), clips.step)
         truth = jax.jit(world.render, static_argnames="step")(group.good, group.frames, step=clips.step)
@@ -191,11 +191,14 @@ class TestTraining:
         batch = draw_preferences(clips, rewards.caption_tokenizer(), numbers, world.training_scene, jax.random.key(0))
         found = 0
         for videos, kinds, pairs in zip(batch.videos, batch.kind, batch.pairs, strict=True):
-            counted = videos[:, : int(pairs.sum()) + 1]
-            for bad, kind in zip(counted[1:], kinds, strict=True):
+            # A jump is seen in a pair of frames, of which the second alone is not that of the good video.
+            differs = np.asarray(jnp.abs(videos[1:] - videos[:1]).max(axis=(2, 3, 4)) > 0.02)
+            for bad, kind in zip(differs, kinds, strict=True):
                 if clips.kinds[kind] in ("change", "jump"):
                     found += 1
-                    assert jnp.abs(bad - counted[0]).max() > 0.02
+                    assert (bad[:-1] | bad[1:])[pairs].any()
+                if clips.kinds[kind] == "jump":
+                    assert (~bad[:-1] & bad[1:])[pairs].any()
         assert found > 10
 
     @pytest.mark.parametrize("role", ROLES)
@@ -203,7 +206,8 @@ class TestTraining:
         shown, place = [], world.place
         monkeypatch.setattr(world, "place", lambda scene, openings: shown.append(scene) or place(scene, openings))
         for number in range(400):
-            degrade.draw_group(world.training_scene(number), number, CLIPS[role].kinds, bad=3, frames=2, stride=4)
+            window = draw_window(CLIPS[role], number)
+            degrade.draw_group(world.training_scene(number), number, CLIPS[role].kinds, window, bad=3)
         assert len(set(shown)) > 600
         assert not any(map(world.is_held_out, shown))
 
@@ -211,9 +215,18 @@ class TestTraining:
     def test_every_kind_can_be_drawn_for_some_scene(self, role):
         kinds, seen = CLIPS[role].kinds, set()
         for number in range(60):
-            group = degrade.draw_group(world.training_scene(number), number, kinds, bad=3, frames=4, stride=4)
+            window = draw_window(CLIPS[role], number)
+            group = degrade.draw_group(world.training_scene(number), number, kinds, window, bad=3)
             seen |= set(group.kind.tolist())
         assert seen == set(range(len(kinds)))
+
+    def test_windows_are_runs_or_pairs_far_apart(self):
+        clips = CLIPS["long"]
+        windows = [draw_window(clips, number) for number in range(200)]
+        spans = [window.frames[window.counted - 1] for window in windows]
+        assert all((np.diff(window.frames)[window.pairs] == clips.stride).all() for window in windows)
+        assert sum(span < clips.stride * clips.frames for span in spans) in range(70, 130)
+        assert max(spans) > 400
 
     def test_every_video_has_a_frame_that_counts(self):
         numbers, clips = list(range(12)), CLIPS["long"]._replace(step=8)

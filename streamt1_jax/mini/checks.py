@@ -2,7 +2,7 @@
 
 - Plain formulas on pixels, by way of `tracking.py`; nothing is learned, and no reward uses any of it.
 - Every check is a number from 0 to 1, and 1 is what the world's own videos get. A thing that is not there scores 0 in
-  whatever would be said of it.
+  the seven checks of things; steadiness and sharpness say nothing of it.
 - A thing is measured where nothing hides it; only where that is hardly ever the case, wherever it is seen.
 
 >>> checks = check_video(video, parse_caption("a red circle moves right"))

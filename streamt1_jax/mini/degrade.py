@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from streamt1_jax.mini import world
 from streamt1_jax.mini.world import BACKGROUNDS, COLOURS, MOTIONS, MOVES, SHAPES, SIZES, SPEEDS, Scene, Thing
@@ -77,23 +77,29 @@ class Group(NamedTuple):
     kind: Int[HostOrDevice, " m"]  # index into SHORT_KINDS or LONG_KINDS
 
 
-def draw_group(
-    scene: Scene, seed: int, kinds: tuple[str, ...], *, bad: int, frames: int, stride: int, counted: int | None = None
-) -> Group:
-    """A group of a scene, degraded in `bad` of the given ways.
+class Window(NamedTuple):
+    """What a reward looks at in a video."""
 
-    Args:
-        counted: how many of the frames, from the first on, will be looked at; what changes on the way does so there.
-    """
+    frames: Int[np.ndarray, " k"]  # counted from the first
+    pairs: Bool[np.ndarray, " t"]  # which pairs of neighbours among them count; of a single frame: whether it does
+
+    @property
+    def counted(self) -> int:
+        """Frames before the last one that counts, and that one."""
+        return min(int(np.flatnonzero(self.pairs)[-1]) + 2, len(self.frames))
+
+
+def draw_group(scene: Scene, seed: int, kinds: tuple[str, ...], window: Window, *, bad: int) -> Group:
+    """A group of a scene, degraded in `bad` of the given ways; what changes on the way does so where it counts."""
     rng = np.random.default_rng((seed, 7))
     openings = rng.standard_normal((2, world.OPENINGS))
     start = int(rng.integers(world.LAST_FRAME))
-    times = start + stride * np.arange(frames)
+    times = start + window.frames
     wanted = list(rng.permutation(len(kinds)))
     made: dict[int, Mixture] = {}
     while len(made) < bad:
         index = int(wanted.pop())
-        mixture = _degrade(scene, openings, times, counted or frames, kinds[index], rng)
+        mixture = _degrade(scene, openings, times, window, kinds[index], rng)
         if mixture is not None:
             made[index] = mixture
     mixtures = list(made.values())
@@ -110,7 +116,7 @@ def draw_group(
 
 
 def _degrade(
-    scene: Scene, openings: np.ndarray, times: np.ndarray, counted: int, kind: str, rng: np.random.Generator
+    scene: Scene, openings: np.ndarray, times: np.ndarray, window: Window, kind: str, rng: np.random.Generator
 ) -> Mixture | None:
     """One bad video; None where this scene cannot be degraded like that."""
     good, count = world.place(scene, openings), len(times)
@@ -127,7 +133,7 @@ def _degrade(
         if kind in ("change", "flicker"):  # at times right, at times wrong in one of these
             what = str(rng.choice(["colour", "shape", "size", "absent"]))
         other = _another(scene, openings, what, rng)
-    share = np.pad(_shares(kind, counted, rng), (0, count - counted), mode="edge")
+    share = np.pad(_shares(kind, window, rng), (0, count - window.counted), mode="edge")
     return None if other is None else Mixture(other, times, share, _harm())
 
 
@@ -141,13 +147,15 @@ def _other_times(scene: Scene, times: np.ndarray, kind: str, rng: np.random.Gene
     return times[0] + (rng.choice(rates) * (times - times[0])).astype(int)
 
 
-def _shares(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
-    """How much of the other scene is in each of `count` frames."""
+def _shares(kind: str, window: Window, rng: np.random.Generator) -> np.ndarray:
+    """How much of the other scene is in each of the counted frames."""
+    count = window.counted
     match kind:
         case "elsewhere":
             return np.full(count, rng.uniform(0.12, 0.5))
         case "jump":
-            return _step(count, rng)
+            # Between two frames that are looked at together: after a gap anything may stand elsewhere.
+            return np.arange(count) > rng.choice(np.flatnonzero(window.pairs))
         case "change":
             return _ramp(count, rng)
         case "flicker":
@@ -226,10 +234,6 @@ def _ramp(count: int, rng: np.random.Generator) -> np.ndarray:
     """From 0 to 1, at some time, in one step or slowly."""
     middle, width = rng.uniform(0.15, 0.85) * count, rng.uniform(0.05, 0.6) * count
     return np.clip((np.arange(count) - middle) / width + 0.5, 0, 1)
-
-
-def _step(count: int, rng: np.random.Generator) -> np.ndarray:
-    return (np.arange(count) >= rng.integers(1, max(count, 2))).astype(float)
 
 
 def film_groups(groups: Group, key: Array, step: int) -> Float[Array, "n m k h w 3"]:

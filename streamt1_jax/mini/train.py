@@ -61,8 +61,8 @@ class Recipe:
     dit: int = 1000
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
-    reward_short: int = 2000
-    reward_long: int = 1600
+    reward_short: int = 4000
+    reward_long: int = 4000
 
     def __post_init__(self):
         wrong = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) < 1]

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from streamt1_jax.mini import world
-from streamt1_jax.mini.degrade import LONG_KINDS, SHORT_KINDS, draw_group, film_groups
+from streamt1_jax.mini.degrade import LONG_KINDS, SHORT_KINDS, Window, draw_group, film_groups
 from streamt1_jax.mini.rewards import (
     LONG_STEP,
     LONG_STRIDE,
@@ -35,6 +35,8 @@ BAD = 3  # degraded videos in a group
 LEARNING_RATE = 3e-3
 MATCHING_WEIGHT = 0.5
 ACCURACY_SCENES = slice(448, 512)  # of the held-out ones; `streamt1 compare` begins with the first
+SPREAD_SHARE = 0.5  # of the windows of several frames
+SPREAD = 480  # frames, 30 seconds, over which their pairs are spread
 CENTRING = 1e-3  # of the mean square score: a preference leaves the zero point open
 
 
@@ -50,7 +52,7 @@ class Clips(NamedTuple):
 
 CLIPS: dict[Role, Clips] = {
     "short": Clips(SHORT_KINDS, frames=1, stride=1, step=1, groups=16),
-    "long": Clips(LONG_KINDS, frames=6, stride=LONG_STRIDE, step=LONG_STEP, groups=8),
+    "long": Clips(LONG_KINDS, frames=8, stride=LONG_STRIDE, step=LONG_STEP, groups=8),
 }
 
 
@@ -64,20 +66,27 @@ class Preferences(NamedTuple):
     mask: Int[HostOrDevice, "n P"]
 
 
+def draw_window(clips: Clips, seed: int) -> Window:
+    """A run of frames, of several lengths from that of the first chunk on; or pairs with long gaps between them: what
+    fades slowly shows in nothing shorter."""
+    rng, count = np.random.default_rng((seed, 8)), clips.frames
+    if count == 1:
+        return Window(np.zeros(1, int), np.ones(1, bool))
+    if rng.random() < SPREAD_SHARE:
+        first = np.sort(rng.integers(SPREAD, size=count // 2))
+        return Window((first[:, None] + [0, clips.stride]).ravel(), np.arange(count - 1) % 2 == 0)
+    return Window(clips.stride * np.arange(count), np.arange(count - 1) < rng.integers(2, count))
+
+
 def draw_preferences(
     clips: Clips, tokenizer: Tokenizer, numbers: list[int], scene_of: Callable[[int], world.Scene], key: Array
 ) -> Preferences:
     """Groups of the scenes with these numbers; `key` is for what is done to pixels."""
     groups, pairs, prompts = [], [], []
-    most = max(clips.frames - 1, 1)
     for number in numbers:
-        scene = scene_of(number)
-        # Windows of several lengths, from that of the first chunk on.
-        length = int(np.random.default_rng((number, 8)).integers(min(2, most), most + 1))
-        pairs.append(np.arange(most) < length)
-        counted = min(length + 1, clips.frames)
-        sizes = {"frames": clips.frames, "stride": clips.stride, "counted": counted}
-        groups.append(draw_group(scene, number, clips.kinds, bad=BAD, **sizes))
+        scene, window = scene_of(number), draw_window(clips, number)
+        pairs.append(window.pairs)
+        groups.append(draw_group(scene, number, clips.kinds, window, bad=BAD))
         prompts.append(tokenizer(scene.caption()))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *groups)
     arrays: dict[str, Any] = {
