@@ -34,23 +34,18 @@ def _run_train_mini(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("optax") is None:
         raise BadInputError('optax is not installed, train-mini needs it; pip install "streamt1-jax[train]"')
     from streamt1_jax.mini.shipped import FOLDER
-    from streamt1_jax.mini.train import DIT_KEYS, REWARD_KEYS, Recipe, continue_dit, train_mini, train_rewards
+    from streamt1_jax.mini.train import DIT_KEYS, REWARD_KEYS, Recipe, Run, continue_dit, train_mini, train_rewards
 
     keys = REWARD_KEYS if args.only == "rewards" else None if args.start is None else DIT_KEYS
     recipe, out = Recipe.parse(args.steps, keys), Path(args.out)
-    options = {
-        "seed": check_seed(args.seed),
-        "resume": args.resume,
-        "report": _report,
-        "interrupts": args.interrupts,
-    }
+    run = Run(out, recipe, check_seed(args.seed), args.resume, _report, args.interrupts)
     try:
         if args.only == "rewards":
-            train_rewards(out, recipe, **options)
+            train_rewards(run)
         elif args.start is not None:
-            continue_dit(out, FOLDER if args.start == "mini" else Path(args.start), recipe, **options)
+            continue_dit(run, FOLDER if args.start == "mini" else Path(args.start))
         else:
-            train_mini(out, recipe, **options)
+            train_mini(run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("go on from the last checkpoint with --resume") from None
     use = "--rewards" if args.only == "rewards" else "--checkpoint"

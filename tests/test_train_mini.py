@@ -18,7 +18,7 @@ from streamt1_jax.interrupts import Interrupts
 from streamt1_jax.measure import compilation_cache
 from streamt1_jax.mini import shipped, train, train_dit, train_vae, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
-from streamt1_jax.mini.train import Recipe, continue_dit
+from streamt1_jax.mini.train import Recipe, Run, continue_dit
 from streamt1_jax.mini.train_dit import coupled_noise, dit_task
 from streamt1_jax.mini.train_rewards import reward_task
 from streamt1_jax.mini.train_vae import standardise, vae_task
@@ -331,7 +331,7 @@ def test_the_loss_of_a_level_is_that_of_its_new_estimate():
 def test_sequences_of_another_version_are_refused(tmp_path, vae):
     np.savez(tmp_path / "sequences_3x1.npz", latents=np.zeros(1))
     with pytest.raises(BadInputError, match="another version"):
-        train._sequences(tmp_path, SMALL, vae, 3, 1, seed=0, report=None)
+        Run(tmp_path, Recipe()).encode(SMALL, vae, 3, 1)
 
 
 def test_a_run_without_git_has_no_commit(monkeypatch):
@@ -340,11 +340,11 @@ def test_a_run_without_git_has_no_commit(monkeypatch):
 
 
 def test_going_on_under_another_version_is_recorded(tmp_path, monkeypatch):
-    first = train._begin(tmp_path, Recipe(), 3, resume=False)
-    assert "resumed_with" not in train._begin(tmp_path, Recipe(), 3, resume=True)
+    first = Run(tmp_path, Recipe(), 3).begin()
+    assert "resumed_with" not in Run(tmp_path, Recipe(), 3, resume=True).begin()
     monkeypatch.setattr(train, "_commit", lambda: "another")
     for _ in range(2):
-        again = train._begin(tmp_path, Recipe(), 3, resume=True)
+        again = Run(tmp_path, Recipe(), 3, resume=True).begin()
     assert again == {**first, "resumed_with": [{"commit": "another"}]}
 
 
@@ -392,7 +392,7 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
     recipe = Recipe(
         first_chunks=4, sequences=2, chunks=2, dit_first=2, dit_first_batch=2, dit=2, dit_batch=2, vae=9, reward_long=9
     )
-    continue_dit(out, start, recipe, seed=3)
+    continue_dit(Run(out, recipe, seed=3), start)
 
     before, after = shipped.read_manifest(start), shipped.read_manifest(out)
     first, record = after["origin"]["continued"]
@@ -409,19 +409,19 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
     shipped.add_to_mini(out, {"reward_short": {"w": jnp.ones(2)}}, {"rewards": "mine"})
-    continue_dit(out, start, recipe, seed=3, resume=True)
+    continue_dit(Run(out, recipe, seed=3, resume=True), start)
     again = shipped.read_manifest(out)
     assert (set(again["networks"]), again["origin"]) == (
         {"vae", "dit", "text", "reward_short"},
         {**after["origin"], "rewards": "mine"},
     )
     with pytest.raises(BadInputError, match="seed is 5"):
-        continue_dit(out, start, recipe, seed=5)
+        continue_dit(Run(out, recipe, seed=5), start)
     for folder, numbers, seed in ((start, recipe, 3), (out, recipe, 4), (out, dataclasses.replace(recipe, dit=3), 3)):
         with pytest.raises(BadInputError, match="another folder"):
-            continue_dit(folder, start, numbers, seed=seed, resume=True)
+            continue_dit(Run(folder, numbers, seed, resume=True), start)
     with pytest.raises(BadInputError, match="pass --resume"):
-        continue_dit(out, start, recipe, seed=3)
+        continue_dit(Run(out, recipe, seed=3), start)
 
 
 @pytest.mark.slow
@@ -440,7 +440,12 @@ def test_the_whole_recipe_fits_together(tmp_path, monkeypatch, capsys):
         return task.init()
 
     monkeypatch.setattr(train, "fit", fit)
-    numbers = {f.name: 2 for f in dataclasses.fields(Recipe)} | {"dit_first": 3, "dit": 4, "reward_long": 5}
+    numbers = {f.name: 2 for f in dataclasses.fields(Recipe)} | {
+        "first_chunks": 4,
+        "dit_first": 3,
+        "dit": 4,
+        "reward_long": 5,
+    }
     steps = ",".join(f"{key}={value}" for key, value in numbers.items())
     argv = ["train-mini", "--out", str(tmp_path), "--steps", steps, "--seed", "7"]
     assert cli.main(argv) == 130

@@ -44,6 +44,7 @@ from streamt1_jax.weights import MiniWeights
 Report = Callable[[str, dict[str, float]], None]
 DIT_KEYS = ("first_chunks", "sequences", "dit_first", "dit_first_batch", "dit", "dit_batch", "chunks")
 REWARD_KEYS = ("reward_short", "reward_long")
+ONLY_REWARDS = "--only rewards "  # the option that trains them alone
 FIRSTS_A_SEQUENCE = 2  # first chunks in a batch beside each of its sequences
 
 
@@ -98,134 +99,174 @@ class Recipe:
         return cls(**found)
 
 
-def train_mini(
-    out: Path,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    resume: bool = False,
-    report: Report | None = None,
-    interrupts: Interrupts | None = None,
-) -> None:
-    """Trains all networks; writes `mini.safetensors` and `mini.json` into `out`, and checkpoints beside them.
+@dataclass(frozen=True)
+class Run:
+    """One training: where it is kept, by which numbers, and who hears of it."""
 
-    Args:
-        resume: go on in a folder that has checkpoints.
-        report: called with the stage's name and its figures.
-        interrupts: as in `fit`.
+    out: Path  # weights, checkpoints and logs
+    recipe: Recipe
+    seed: int = 0
+    resume: bool = False  # go on in a folder that has checkpoints
+    report: Report | None = None  # called with a stage's name and its figures
+    interrupts: Interrupts | None = None  # as in `fit`
+
+    def begin(
+        self, *, keys: tuple[str, ...] = (), options: str = "", more: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
+        """How weights are made, written to `<out>/run.json` before the first stage; a later call must be the same run.
+
+        Args:
+            keys: numbers of the recipe that matter; none named: all.
+            options: of the command, before the steps.
+            more: goes into the record.
+
+        Returns:
+            The record; its commit is None without git or a repository, and ends in "-dirty" where files had changed.
+
+        Raises:
+            BadInputError: the folder holds a run of other numbers, or one of the same and `resume` is False.
+        """
+        numbers = dataclasses.asdict(self.recipe).items()
+        steps = ",".join(f"{key}={value}" for key, value in numbers if not keys or key in keys)
+        record = {
+            "summary": f"trained on the little world (seed {self.seed})",
+            "command": f"streamt1 train-mini {options}--steps {steps} --seed {self.seed}",
+            "commit": _commit(),
+            "seed": self.seed,
+            "python": sys.version.split()[0],
+            "jax": jax.__version__,
+            "backend": jax.default_backend(),
+            **more,
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / ("run_rewards.json" if keys == REWARD_KEYS else "run.json")
+        if not path.exists():
+            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            return record
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        other = [key for key in ("command", "start_sha256") if record.get(key) != earlier.get(key)]
+        if other:
+            said = "; ".join(f"{key} is {record.get(key)!r}, was {earlier.get(key)!r}" for key in other)
+            raise BadInputError(f"{self.out} holds another run: {said}; name another folder")
+        if not self.resume:
+            raise BadInputError(f"{self.out} holds this run already; pass --resume, or name another folder")
+        changed = {key: record[key] for key in ("commit", "python", "jax", "backend") if record[key] != earlier[key]}
+        if changed and changed not in earlier.setdefault("resumed_with", []):
+            earlier["resumed_with"].append(changed)
+            path.write_text(json.dumps(earlier, indent=2) + "\n", encoding="utf-8")
+        return earlier
+
+    def fit(self, task: Task) -> PyTree:
+        """Trains one stage."""
+        say = None if self.report is None else functools.partial(self.report, task.name)
+        return fit(task, self.out, seed=self.seed, resume=self.resume, report=say, interrupts=self.interrupts)
+
+    def encode(self, config: ModelConfig, vae: PyTree, count: int, chunks: int) -> Sequences:
+        """A training set; a stopped run finds it in its folder.
+
+        Raises:
+            BadInputError: what it finds was written by another version.
+        """
+        path = self.out / f"sequences_{count}x{chunks}.npz"
+        if not path.exists():
+            tokenizer = Tokenizer(
+                MiniWeights.tokenizer, text_len=config.dit.text_len, vocab_size=config.text.vocab_size
+            )
+
+            def say(done: int) -> None:
+                if self.report is not None:
+                    self.report("encode", {"step": done, "steps": count})
+
+            made = encode_sequences(config, vae, tokenizer, count=count, chunks=chunks, seed=self.seed, report=say)
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, **made._asdict())
+            partial.replace(path)
+        with np.load(path) as stored:
+            missing = set(Sequences._fields) - set(stored.files)
+            if missing:
+                raise BadInputError(f"{path} is of another version: it lacks {', '.join(missing)}; name another folder")
+            return Sequences(**{key: stored[key] for key in Sequences._fields})
+
+
+def train_mini(run: Run) -> None:
+    """Trains all networks; writes `mini.safetensors` and `mini.json` into `run.out`, and checkpoints beside them.
 
     Raises:
-        BadInputError: checkpoints are there already and `resume` is False.
+        BadInputError: checkpoints are there already and `run.resume` is False.
+        TrainingError: a loss is not finite.
+        KeyboardInterrupt: a signal asked for it.
     """
-    config = ModelConfig.mini()
-    origin = _begin(out, recipe, seed, resume=resume)
-    _begin(out, recipe, seed, resume=resume, keys=REWARD_KEYS, options="--only rewards ")  # or it would fail at the end
-    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report, interrupts=interrupts)
+    config, recipe, seed = ModelConfig.mini(), run.recipe, run.seed
+    origin = run.begin()
+    run.begin(keys=REWARD_KEYS, options=ONLY_REWARDS)  # or it would fail at the end
     short = functools.partial(vae_task, batch=8, frames=5, crop=48, decay_steps=2 * recipe.vae)
-    vae = run(short("vae", config, steps=recipe.vae, seed=seed))
+    vae = run.fit(short("vae", config, steps=recipe.vae, seed=seed))
     longer = functools.partial(vae_task, batch=4, crop=48)
-    vae = run(longer("vae_long", config, vae, steps=recipe.vae_long, frames=17, seed=seed + 1))
+    vae = run.fit(longer("vae_long", config, vae, steps=recipe.vae_long, frames=17, seed=seed + 1))
     late = functools.partial(longer, frames=8, history=73, ema_decay=0.99)  # a short stage: its average forgets sooner
-    vae = run(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
+    vae = run.fit(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
-    made = _train_dit(vae, None, out, recipe, run, seed=seed, report=report)
-    save_mini(out, {"vae": vae, **made}, origin)
-    train_rewards(out, recipe, seed=seed, resume=True, report=report, interrupts=interrupts)
+    made = _train_dit(run, config, vae, None)
+    save_mini(run.out, {"vae": vae, **made}, origin)
+    train_rewards(dataclasses.replace(run, resume=True))
 
 
-def continue_dit(
-    out: Path,
-    start: Path,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    resume: bool = False,
-    report: Report | None = None,
-    interrupts: Interrupts | None = None,
-) -> None:
-    """Goes on with the DiT and the text encoder of earlier weights; writes them with the other networks into `out`.
+def continue_dit(run: Run, start: Path) -> None:
+    """Goes on with the DiT and the text encoder of earlier weights; writes them with the other networks into `run.out`.
 
     Args:
-        start: holds `mini.safetensors`; another seed than its own brings other scenes and other noise.
-
-    The other arguments and the errors are those of `train_mini`.
+        run: another seed than that of `start` brings other scenes and other noise.
+        start: holds `mini.safetensors`.
 
     Raises:
-        BadInputError: also if `out` is `start`, or if those weights were trained with this seed already.
+        BadInputError: as in `train_mini`; also if `run.out` is `start`, or those weights were trained with this seed.
         WeightsError: what stands in `start` is damaged or of another size.
+        TrainingError, KeyboardInterrupt: as in `train_mini`.
     """
-    if out.resolve() == start.resolve():
-        raise BadInputError(f"{out} is where the training starts from; write into another folder")
+    if run.out.resolve() == start.resolve():
+        raise BadInputError(f"{run.out} is where the training starts from; write into another folder")
     config = ModelConfig.mini()
     abstract = {name: network_graph(config, name, jnp.float32)[1] for name in ("vae", "dit", "text")}
     old = {name: load_mini(start, name, network) for name, network in abstract.items()}
     manifest = read_manifest(start)
     origin = manifest["origin"]
-    if seed in {record.get("seed") for record in (origin, *origin.get("continued", []))}:
+    if run.seed in {record.get("seed") for record in (origin, *origin.get("continued", []))}:
         raise BadInputError(
-            f"seed is {seed}, with which {start} was trained already; name another, for other scenes and noise"
+            f"seed is {run.seed}, with which {start} was trained already; name another, for other scenes and noise"
         )
-    options, more = "--start DIR ", {"start_sha256": manifest["sha256"]}
-    record = _begin(out, recipe, seed, resume=resume, keys=DIT_KEYS, options=options, more=more)
-    made = {name: old[name] for name in ("dit", "text")}
-    run = functools.partial(_fit, out=out, seed=seed, resume=resume, report=report, interrupts=interrupts)
-    made = _train_dit(old["vae"], made, out, recipe, run, seed=seed, report=report)
-    add_to_mini(out, made, {"continued": [*origin.get("continued", []), record]}, start=start)
+    record = run.begin(keys=DIT_KEYS, options="--start DIR ", more={"start_sha256": manifest["sha256"]})
+    made = _train_dit(run, config, old["vae"], {name: old[name] for name in ("dit", "text")})
+    add_to_mini(run.out, made, {"continued": [*origin.get("continued", []), record]}, start=start)
 
 
-def _train_dit(
-    vae: PyTree,
-    start: PyTree | None,
-    out: Path,
-    recipe: Recipe,
-    run: Callable[[Task], PyTree],
-    *,
-    seed: int,
-    report: Report | None,
-) -> PyTree:
-    """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing; `run` trains a stage."""
-    config = ModelConfig.mini()
-    encoded = functools.partial(_sequences, out, config, vae, seed=seed, report=report)
-    dit = functools.partial(dit_task, config=config, stream=StreamConfig(), seed=seed)
-    first = encoded(recipe.first_chunks, 1)
-    made = run(dit("dit_first", sets=[(first, recipe.dit_first_batch)], start=start, steps=recipe.dit_first))
-    data = encoded(recipe.sequences, recipe.chunks)
+def _train_dit(run: Run, config: ModelConfig, vae: PyTree, start: PyTree | None) -> PyTree:
+    """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing."""
+    recipe = run.recipe
+    dit = functools.partial(dit_task, config=config, stream=StreamConfig(), seed=run.seed)
+    first = run.encode(config, vae, recipe.first_chunks, 1)
+    made = run.fit(dit("dit_first", sets=[(first, recipe.dit_first_batch)], start=start, steps=recipe.dit_first))
+    data = run.encode(config, vae, recipe.sequences, recipe.chunks)
     # First chunks beside them and a lower rate: few sequences alone unlearn what many first chunks have taught.
     sets = [(data, recipe.dit_batch), (first, FIRSTS_A_SEQUENCE * recipe.dit_batch)]
-    return run(dit("dit", sets=sets, start=made, steps=recipe.dit, learning_rate=1e-3))
+    return run.fit(dit("dit", sets=sets, start=made, steps=recipe.dit, learning_rate=1e-3))
 
 
-def train_rewards(
-    out: Path,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    resume: bool = False,
-    report: Report | None = None,
-    interrupts: Interrupts | None = None,
-) -> None:
-    """Trains both rewards and puts them beside the networks that stand in `out`, if any.
+def train_rewards(run: Run) -> None:
+    """Trains both rewards and puts them beside the networks that stand in `run.out`, if any.
 
-    The arguments are those of `train_mini`. The record of how they were made says on which share of held-out scenes
-    the good video scores above one degraded in each way.
+    The record of how they were made says on which share of held-out scenes the good video scores above one degraded in
+    each way. Errors are those of `train_mini`.
     """
-    origin = _begin(out, recipe, seed, resume=resume, keys=REWARD_KEYS, options="--only rewards ")
-    stages: dict[Role, int] = {"short": recipe.reward_short, "long": recipe.reward_long}
+    origin = run.begin(keys=REWARD_KEYS, options=ONLY_REWARDS)
+    stages: dict[Role, int] = {"short": run.recipe.reward_short, "long": run.recipe.reward_long}
     made, accuracy = {}, {}
     for role, steps in stages.items():
-        task = reward_task(role, steps=steps, seed=seed)
-        made[task.name] = _fit(task, out=out, seed=seed, resume=resume, report=report, interrupts=interrupts)
+        task = reward_task(role, steps=steps, seed=run.seed)
+        made[task.name] = run.fit(task)
         accuracy[task.name] = accuracy_by_kind(role, made[task.name])
-        if report is not None:
-            report(f"{task.name}, held out", {"step": steps, "steps": steps} | accuracy[task.name])
-    add_to_mini(out, made, {"rewards": origin | {"accuracy": accuracy}})
-
-
-def _fit(
-    task: Task, *, out: Path, seed: int, resume: bool, report: Report | None, interrupts: Interrupts | None
-) -> PyTree:
-    say = None if report is None else functools.partial(report, task.name)
-    return fit(task, out, seed=seed, resume=resume, report=say, interrupts=interrupts)
+        if run.report is not None:
+            run.report(f"{task.name}, held out", {"step": steps, "steps": steps} | accuracy[task.name])
+    add_to_mini(run.out, made, {"rewards": origin | {"accuracy": accuracy}})
 
 
 def _latents_of_the_world(config: ModelConfig, vae: PyTree) -> jax.Array:
@@ -238,83 +279,6 @@ def _latents_of_the_world(config: ModelConfig, vae: PyTree) -> jax.Array:
         return nnx.merge(graph, vae).encoder.encode(world.render(placed, jnp.arange(33)))
 
     return jax.jit(jax.vmap(encode, in_axes=(None, 0)))(vae, placed)
-
-
-def _sequences(
-    out: Path, config: ModelConfig, vae: PyTree, count: int, chunks: int, *, seed: int, report: Report | None
-) -> Sequences:
-    """A training set; a stopped run finds it in its folder.
-
-    Raises:
-        BadInputError: what it finds was written by another version.
-    """
-    path = out / f"sequences_{count}x{chunks}.npz"
-    if not path.exists():
-        tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=config.dit.text_len, vocab_size=config.text.vocab_size)
-        say = (lambda done: None) if report is None else (lambda done: report("encode", {"step": done, "steps": count}))
-        made = encode_sequences(config, vae, tokenizer, count=count, chunks=chunks, seed=seed, report=say)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **made._asdict())
-        partial.replace(path)
-    with np.load(path) as stored:
-        missing = set(Sequences._fields) - set(stored.files)
-        if missing:
-            raise BadInputError(f"{path} is of another version: it lacks {', '.join(missing)}; name another folder")
-        return Sequences(**{key: stored[key] for key in Sequences._fields})
-
-
-def _begin(
-    out: Path,
-    recipe: Recipe,
-    seed: int,
-    *,
-    resume: bool,
-    keys: tuple[str, ...] = (),
-    options: str = "",
-    more: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """How weights are made, written to `<out>/run.json` before the first stage; a later call must be of the same run.
-
-    Args:
-        keys: numbers of the recipe that matter; none named: all.
-        options: of the command, before the steps.
-        more: goes into the record.
-
-    Returns:
-        The record; its commit is None without git or a repository, and ends in "-dirty" where files had changed.
-
-    Raises:
-        BadInputError: the folder holds a run of other numbers, or one of the same and `resume` is False.
-    """
-    numbers = dataclasses.asdict(recipe).items()
-    steps = ",".join(f"{key}={value}" for key, value in numbers if not keys or key in keys)
-    record = {
-        "summary": f"trained on the little world (seed {seed})",
-        "command": f"streamt1 train-mini {options}--steps {steps} --seed {seed}",
-        "commit": _commit(),
-        "seed": seed,
-        "python": sys.version.split()[0],
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        **more,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / ("run_rewards.json" if keys == REWARD_KEYS else "run.json")
-    if not path.exists():
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        return record
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    other = [key for key in ("command", "start_sha256") if record.get(key) != earlier.get(key)]
-    if other:
-        said = "; ".join(f"{key} is {record.get(key)!r}, was {earlier.get(key)!r}" for key in other)
-        raise BadInputError(f"{out} holds another run: {said}; name another folder")
-    if not resume:
-        raise BadInputError(f"{out} holds this run already; pass --resume, or name another folder")
-    changed = {key: record[key] for key in ("commit", "python", "jax", "backend") if record[key] != earlier[key]}
-    if changed and changed not in earlier.setdefault("resumed_with", []):
-        earlier["resumed_with"].append(changed)
-        path.write_text(json.dumps(earlier, indent=2) + "\n", encoding="utf-8")
-    return earlier
 
 
 def _commit() -> str | None:
