@@ -50,16 +50,16 @@ FIRSTS_A_SEQUENCE = 2  # first chunks in a batch beside each of its sequences
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps of every stage, what is encoded, and batch sizes. Two CPU cores need four hours or so for the defaults."""
+    """Steps of every stage, what is encoded, and batch sizes. Two CPU cores need five hours or so for the defaults."""
 
     vae: int = 1500
     vae_long: int = 1400
     vae_stream: int = 400
-    first_chunks: int = 9000  # scenes of which chunk 0 alone is encoded
-    sequences: int = 800
-    dit_first: int = 3600
+    first_chunks: int = 16000  # scenes of which chunk 0 alone is encoded
+    sequences: int = 1500
+    dit_first: int = 8000
     dit_first_batch: int = 24
-    dit: int = 1000
+    dit: int = 2500
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
     reward_short: int = 4000
