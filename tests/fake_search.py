@@ -58,6 +58,7 @@ class FakeOutput:
             "seed": settings["seed"],
             "score": math.nan,
             "weights": {"summary": "random weights from a fixed seed (untrained)"},
+            "seconds": {"total": 0.5, "chunks": [0.1] * 3},
         }
 
 
