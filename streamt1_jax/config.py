@@ -39,10 +39,10 @@ def _size_rules(config: Any, *keys: str) -> list[tuple[bool, str]]:
 
 
 def _eps_rule(eps: Any) -> tuple[bool, str]:
-    return _is_number(eps) and 0 < eps < math.inf, f"eps is {eps!r}, expected a number above 0"
+    return _is_positive(eps), f"eps is {eps!r}, expected a number above 0"
 
 
-def _is_shift(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return _is_number(value) and 0 < value < math.inf
 
 
@@ -184,7 +184,7 @@ class ModelConfig:
                     f"dit.text_dim {self.dit.text_dim} differs from text.dim {self.text.dim}",
                 ),
                 (
-                    _is_shift(self.timestep_shift),
+                    _is_positive(self.timestep_shift),
                     f"timestep_shift is {self.timestep_shift!r}, expected a number above 0",
                 ),
                 *(
@@ -284,7 +284,7 @@ class StreamConfig:
                     f"denoising_steps is {steps!r}, expected falling integers from 1000 to 1",
                 ),
                 (
-                    self.timestep_shift is None or _is_shift(self.timestep_shift),
+                    self.timestep_shift is None or _is_positive(self.timestep_shift),
                     f"timestep_shift is {self.timestep_shift!r}, expected a number above 0, or None",
                 ),
                 (

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STOPPING = b"\nstopping when the step at hand is done; a second signal stops at once\n"
+STOPPING = b"\nstopping when what is at hand is done; a second signal stops at once\n"
 
 
 class Interrupts:
