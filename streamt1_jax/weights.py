@@ -3,6 +3,7 @@
 Both give the same three things: the networks' graphs, their parameters, and a plain description for the record.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -64,13 +65,13 @@ def random_params(abstract: PyTree, seed: int) -> PyTree:
 class MiniWeights:
     """The embedded model: what the package ships, or what `streamt1 train-mini` wrote."""
 
-    config = ModelConfig.mini()
     tokenizer = Path(__file__).parent / "mini" / "tokenizer"
     default_rewards = "mini"
 
     def __init__(self, folder: str | Path = shipped.FOLDER):
         self.folder = Path(folder)
         self.manifest = shipped.read_manifest(self.folder)
+        self.config = dataclasses.replace(ModelConfig.mini(), timestep_shift=self.manifest["timestep_shift"])
         self.own_rewards = self.folder if "reward_short" in self.manifest["networks"] else None
 
     def generator_params(self, dtype: Any) -> PyTree:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import signal
 
 import jax
@@ -379,6 +380,19 @@ def test_saved_weights_come_back_and_are_verified(tmp_path, vae):
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(WeightsError, match="sha256"):
         shipped.load_mini(tmp_path, "vae", abstract)
+
+
+def test_weights_are_sampled_at_the_shift_they_were_trained_at(tmp_path, vae):
+    shipped.save_mini(tmp_path, {"vae": vae}, {"summary": "a test"})
+    path = tmp_path / shipped.MANIFEST
+    manifest = json.loads(path.read_text())
+    assert MiniWeights(tmp_path).config == ModelConfig.mini()
+    path.write_text(json.dumps(manifest | {"timestep_shift": 3.0}))
+    assert MiniWeights(tmp_path).config == dataclasses.replace(ModelConfig.mini(), timestep_shift=3.0)
+    del manifest["timestep_shift"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(WeightsError, match="no timestep_shift: another version"):
+        MiniWeights(tmp_path)
 
 
 @pytest.mark.slow

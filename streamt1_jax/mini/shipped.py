@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from streamt1_jax.config import ModelConfig
 from streamt1_jax.errors import WeightsError
 from streamt1_jax.manifest import file_sha256
 
@@ -82,7 +83,13 @@ def _write(folder: Path, tensors: dict[str, np.ndarray], origin: dict[str, Any])
     partial = folder / f"{TENSORS}.partial"  # what stands there may be hours of training
     save_file(tensors, partial)
     networks = list(dict.fromkeys(name.partition("/")[0] for name in tensors))
-    manifest = {"file": TENSORS, "sha256": file_sha256(partial), "networks": networks, "origin": origin}
+    manifest = {
+        "file": TENSORS,
+        "sha256": file_sha256(partial),
+        "networks": networks,
+        "timestep_shift": ModelConfig.mini().timestep_shift,  # by which the DiT is trained, and so is to be sampled
+        "origin": origin,
+    }
     told = folder / f"{MANIFEST}.partial"
     told.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / TENSORS)
@@ -105,15 +112,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What `save_mini` wrote beside the tensors.
 
     Raises:
-        WeightsError: no manifest, or not a readable one.
+        WeightsError: no manifest, or not a readable one, or one of another version.
     """
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{folder / MANIFEST} cannot be read ({error}), expected the manifest of the embedded model; "
             "install the package again, or run streamt1 train-mini"
         ) from error
+    missing = [key for key in ("sha256", "networks", "timestep_shift", "origin") if key not in manifest]
+    if missing:
+        raise WeightsError(
+            f"{folder / MANIFEST} has no {', '.join(missing)}: another version wrote it; train its weights again"
+        )
+    return manifest
 
 
 def load_mini(folder: Path, network: str, abstract: PyTree) -> PyTree:
