@@ -20,11 +20,13 @@ def add_train_mini(commands: Any) -> None:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="where weights, checkpoints and logs go")
     add("--steps", metavar="NAME=N,...", help="other numbers than the recipe's, such as vae=100,dit=50 (see README)")
-    which = parser.add_mutually_exclusive_group().add_argument
-    which("--only", choices=["rewards"], help="train these alone, beside what stands in the folder; they need no VAE")
-    which(
-        "--start", metavar="DIR", help="go on from the DiT that such a folder holds; 'mini': from the shipped weights"
+    add(
+        "--only",
+        choices=["rewards", "decoder"],
+        help="train these alone: the rewards, beside what stands in the folder, for which they need no VAE; or the "
+        "VAE's decoder of --start",
     )
+    add("--start", metavar="DIR", help="go on from the DiT that such a folder holds; 'mini': from the shipped weights")
     add("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
     add("--resume", action="store_true", help="go on with what stands in the folder")
     parser.set_defaults(run=_run_train_mini)
@@ -33,19 +35,27 @@ def add_train_mini(commands: Any) -> None:
 def _run_train_mini(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("optax") is None:
         raise BadInputError('optax is not installed, train-mini needs it; pip install "streamt1-jax[train]"')
+    from streamt1_jax.mini import train
     from streamt1_jax.mini.shipped import FOLDER
-    from streamt1_jax.mini.train import DIT_KEYS, REWARD_KEYS, Recipe, Run, continue_dit, train_mini, train_rewards
 
-    keys = REWARD_KEYS if args.only == "rewards" else None if args.start is None else DIT_KEYS
-    recipe, out = Recipe.parse(args.steps, keys), Path(args.out)
-    run = Run(out, recipe, check_seed(args.seed), args.resume, _report, args.interrupts)
+    if args.only == "rewards" and args.start is not None:
+        raise BadInputError("--start goes on from a DiT or a decoder, and --only rewards needs none; leave one out")
+    if args.only == "decoder" and args.start is None:
+        raise BadInputError("--only decoder needs --start DIR, the weights whose decoder it goes on with, or mini")
+    keys = {"rewards": train.REWARD_KEYS, "decoder": train.DECODER_KEYS}.get(args.only)
+    if args.only is None and args.start is not None:
+        keys = train.DIT_KEYS
+    recipe, out = train.Recipe.parse(args.steps, keys), Path(args.out)
+    run = train.Run(out, recipe, check_seed(args.seed), args.resume, _report, args.interrupts)
     try:
         if args.only == "rewards":
-            train_rewards(run)
+            train.train_rewards(run)
         elif args.start is not None:
-            continue_dit(run, FOLDER if args.start == "mini" else Path(args.start))
+            start = FOLDER if args.start == "mini" else Path(args.start)
+            go_on = train.continue_decoder if args.only == "decoder" else train.continue_dit
+            go_on(run, start)
         else:
-            train_mini(run)
+            train.train_mini(run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("go on from the last checkpoint with --resume") from None
     use = "--rewards" if args.only == "rewards" else "--checkpoint"

@@ -19,10 +19,10 @@ from streamt1_jax.interrupts import Interrupts
 from streamt1_jax.measure import compilation_cache
 from streamt1_jax.mini import shipped, train, train_dit, train_vae, world
 from streamt1_jax.mini.sequences import Sequences, encode_sequences
-from streamt1_jax.mini.train import Recipe, Run, continue_dit
+from streamt1_jax.mini.train import Recipe, Run, continue_decoder, continue_dit
 from streamt1_jax.mini.train_dit import coupled_noise, dit_task
 from streamt1_jax.mini.train_rewards import reward_task
-from streamt1_jax.mini.train_vae import standardise, vae_task
+from streamt1_jax.mini.train_vae import decoder_task, standardise, vae_task
 from streamt1_jax.mini.training import Task, fit, init_train_state, make_train_step
 from streamt1_jax.networks import network_graph
 from streamt1_jax.text import Tokenizer
@@ -131,6 +131,15 @@ def test_a_step_of_the_vae_lowers_its_loss():
     task = vae_task("vae", SMALL, steps=100, batch=1, frames=5, crop=16)
     before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
     assert after < before
+
+
+@pytest.mark.slow
+def test_a_step_of_the_decoder_alone_lowers_its_loss_and_takes_the_encoder_as_it_is(vae):
+    task = decoder_task(SMALL, vae, steps=100)
+    before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
+    assert after < before
+    made = train_vae.with_decoder(vae, init_train_state(task).params)
+    jax.tree.map(np.testing.assert_array_equal, made, vae)
 
 
 @pytest.fixture(scope="module")
@@ -438,6 +447,41 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
         continue_dit(Run(out, recipe, seed=3), start)
 
 
+def test_the_decoder_alone_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
+    monkeypatch.setattr(ModelConfig, "mini", classmethod(lambda cls: SMALL))
+    monkeypatch.setattr(train, "fit", lambda task, *_, **__: jax.tree.map(lambda leaf: leaf + 1, task.init()))
+    abstract = {name: network_graph(SMALL, name, jnp.float32)[1] for name in ("vae", "dit", "text")}
+    old = {"vae": vae} | {name: random_params(abstract[name], seed=1) for name in ("dit", "text")}
+    start, out = tmp_path / "start", tmp_path / "out"
+    shipped.save_mini(start, old, {"summary": "a test"})
+    continue_decoder(Run(out, Recipe(decoder=3), seed=3), start)
+
+    (record,) = shipped.read_manifest(out)["origin"]["continued"]
+    assert record["command"] == "streamt1 train-mini --only decoder --start DIR --steps decoder=3 --seed 3"
+    before, after = (
+        {name: shipped.load_mini(folder, name, abstract[name]) for name in abstract} for folder in (start, out)
+    )
+    for ours, theirs in zip(*(jax.tree.leaves(each["vae"]["decoder"]) for each in (after, before)), strict=True):
+        np.testing.assert_allclose(ours, theirs + 1, atol=2e-3)
+    for each in (before, after):
+        del each["vae"]["decoder"]
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--only decoder", "needs --start"),
+        ("--only rewards --start mini", "leave one out"),
+        ("--only decoder --start mini --steps dit=3", "a name of decoder"),
+    ],
+)
+def test_options_of_train_mini_that_do_not_go_together(tmp_path, capsys, options, message):
+    assert cli.main(["train-mini", "--out", str(tmp_path / "out"), *options.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_whole_recipe_fits_together(tmp_path, monkeypatch, capsys):
     """All stages in their order, each traced on its first batch in the place of being trained; stopped and resumed."""
@@ -455,6 +499,7 @@ def test_the_whole_recipe_fits_together(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "fit", fit)
     numbers = {f.name: 2 for f in dataclasses.fields(Recipe)} | {
+        "decoder": 6,
         "first_chunks": 4,
         "dit_first": 3,
         "dit": 4,
@@ -471,7 +516,7 @@ def test_the_whole_recipe_fits_together(tmp_path, monkeypatch, capsys):
 
     rewards = [("reward_short", 2, True), ("reward_long", 5, True)]
     vae = [(name, 2, True) for name in ("vae", "vae_long", "vae_stream")]
-    assert made == [*vae, ("dit_first", 3, True), ("dit", 4, True), *rewards]
+    assert made == [*vae, ("decoder", 6, True), ("dit_first", 3, True), ("dit", 4, True), *rewards]
     manifest = shipped.read_manifest(tmp_path)
     assert set(manifest["networks"]) == {"vae", "dit", "text", "reward_short", "reward_long"}
     assert manifest["origin"]["command"] == f"streamt1 train-mini --steps {steps} --seed 7"

@@ -3,6 +3,7 @@
 vae        short clips, on which shapes and colours are learned quickly
 vae_long   longer ones: a causal network sees more and more of the past as a video goes on
 vae_stream the end of clips after a long past, as in the middle of a video
+decoder    the VAE's decoder alone, on latents with noise
 (encode)   sequences of the world as latents, kept in the folder
 dit_first  first chunks alone, many at a time: where noise says that things are is learned from nothing else
 dit        whole sequences, with the cache of inference, and more first chunks
@@ -34,7 +35,7 @@ from streamt1_jax.mini.sequences import Sequences, encode_sequences
 from streamt1_jax.mini.shipped import add_to_mini, load_mini, read_manifest, save_mini
 from streamt1_jax.mini.train_dit import dit_task
 from streamt1_jax.mini.train_rewards import accuracy_by_kind, reward_task
-from streamt1_jax.mini.train_vae import standardise, vae_task
+from streamt1_jax.mini.train_vae import decoder_task, standardise, vae_task, with_decoder
 from streamt1_jax.mini.training import Task, fit
 from streamt1_jax.networks import network_graph
 from streamt1_jax.rewards.registry import Role
@@ -43,6 +44,7 @@ from streamt1_jax.weights import MiniWeights
 
 Report = Callable[[str, dict[str, float]], None]
 DIT_KEYS = ("first_chunks", "sequences", "dit_first", "dit_first_batch", "dit", "dit_batch", "chunks")
+DECODER_KEYS = ("decoder",)
 REWARD_KEYS = ("reward_short", "reward_long")
 ONLY_REWARDS = "--only rewards "  # the option that trains them alone
 FIRSTS_A_SEQUENCE = 2  # first chunks in a batch beside each of its sequences
@@ -55,6 +57,7 @@ class Recipe:
     vae: int = 1500
     vae_long: int = 1400
     vae_stream: int = 400
+    decoder: int = 1200
     first_chunks: int = 16000  # scenes of which chunk 0 alone is encoded
     sequences: int = 1500
     dit_first: int = 8000
@@ -206,6 +209,7 @@ def train_mini(run: Run) -> None:
     late = functools.partial(longer, frames=8, history=73, ema_decay=0.99)  # a short stage: its average forgets sooner
     vae = run.fit(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
+    vae = with_decoder(vae, run.fit(decoder_task(config, vae, steps=recipe.decoder, seed=seed + 3)))
     made = _train_dit(run, config, vae, None)
     save_mini(run.out, {"vae": vae, **made}, origin)
     train_rewards(dataclasses.replace(run, resume=True))
@@ -223,6 +227,22 @@ def continue_dit(run: Run, start: Path) -> None:
         WeightsError: what stands in `start` is damaged or of another size.
         TrainingError, KeyboardInterrupt: as in `train_mini`.
     """
+    old, origin = _begin_from(run, start, DIT_KEYS)
+    made = _train_dit(run, ModelConfig.mini(), old["vae"], {name: old[name] for name in ("dit", "text")})
+    add_to_mini(run.out, made, origin, start=start)
+
+
+def continue_decoder(run: Run, start: Path) -> None:
+    """Goes on with the decoder of earlier weights; arguments, results and errors are those of `continue_dit`."""
+    old, origin = _begin_from(run, start, DECODER_KEYS, options="--only decoder ")
+    task = decoder_task(ModelConfig.mini(), old["vae"], steps=run.recipe.decoder, seed=run.seed)
+    add_to_mini(run.out, {"vae": with_decoder(old["vae"], run.fit(task))}, origin, start=start)
+
+
+def _begin_from(
+    run: Run, start: Path, keys: tuple[str, ...], options: str = ""
+) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    """(the networks to go on from, what to write of their making), after `Run.begin`."""
     if run.out.resolve() == start.resolve():
         raise BadInputError(f"{run.out} is where the training starts from; write into another folder")
     config = ModelConfig.mini()
@@ -234,9 +254,8 @@ def continue_dit(run: Run, start: Path) -> None:
         raise BadInputError(
             f"seed is {run.seed}, with which {start} was trained already; name another, for other scenes and noise"
         )
-    record = run.begin(keys=DIT_KEYS, options="--start DIR ", more={"start_sha256": manifest["sha256"]})
-    made = _train_dit(run, config, old["vae"], {name: old[name] for name in ("dit", "text")})
-    add_to_mini(run.out, made, {"continued": [*origin.get("continued", []), record]}, start=start)
+    record = run.begin(keys=keys, options=f"{options}--start DIR ", more={"start_sha256": manifest["sha256"]})
+    return old, {"continued": [*origin.get("continued", []), record]}
 
 
 def _train_dit(run: Run, config: ModelConfig, vae: PyTree, start: PyTree | None) -> PyTree:

@@ -24,6 +24,7 @@ from streamt1_jax.networks import network_graph
 from streamt1_jax.types import Frames, HostOrDevice, Scalar
 
 LATENT_NOISE = 0.15
+DECODER_NOISE = 0.3  # at most, where the decoder is trained alone
 LATENT_COST = 1e-3
 DIFFERENCE_WEIGHT = 0.5
 
@@ -87,18 +88,67 @@ def vae_task(
             return code(video[history:], states, key, first=not history)[:2]
 
         decoded, latents = jax.vmap(one)(videos, jax.random.split(key, batch))
-        error = decoded - videos[:, history:]
-        pixels = jnp.mean(jnp.abs(error))
-        differences = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2, 3))
+        wrong, figures = _picture_loss(decoded, videos[:, history:])
         size = jnp.mean(latents**2)
-        psnr = 10 * jnp.log10(4 / jnp.mean(error**2))
-        total = pixels + DIFFERENCE_WEIGHT * differences + LATENT_COST * size
-        return total, {"l1": pixels, "psnr": psnr, "latent_power": size}
+        return wrong + LATENT_COST * size, figures | {"latent_power": size}
 
     def clips(step: int) -> Clips:
         return _clips(step, batch, crop, history, seed)
 
     return Task(name, init, clips, loss, steps, learning_rate=2e-3, decay_steps=decay_steps, ema_decay=ema_decay)
+
+
+def decoder_task(config: ModelConfig, vae: PyTree, *, steps: int, seed: int = 0) -> Task:
+    """The training of a VAE's decoder alone: latents stay what they are, and so does a DiT that was trained on them.
+
+    They get noise of a random size, as the DiT is less than exact. Clips are long enough for things to cross them.
+
+    Args:
+        vae: parameters of both networks.
+    """
+    graph, _ = network_graph(config, "vae", jnp.float32)
+    batch, frames, crop = 4, 25, 48
+
+    def init() -> PyTree:
+        return jax.tree.map(jnp.copy, vae["decoder"])
+
+    def loss(decoder: PyTree, clips: Clips, key: Array) -> tuple[Scalar, dict[str, Scalar]]:
+        videos = jax.vmap(functools.partial(_crop, frames=frames, size=crop))(clips)
+        networks = nnx.merge(graph, with_decoder(vae, decoder))
+
+        def one(video: Frames, key: Array) -> Frames:
+            small = crop // config.vae.space_factor
+            latents = jax.lax.stop_gradient(networks.encoder.encode(video))
+            key_size, key_noise = jax.random.split(key)
+            size = DECODER_NOISE * jax.random.uniform(key_size)
+            noisy = latents + size * jax.random.normal(key_noise, latents.shape)
+            return networks.decoder.decode_chunk_unclamped(
+                networks.decoder.init_decoder_state(small, small), noisy, True
+            )[0]
+
+        return _picture_loss(jax.vmap(one)(videos, jax.random.split(key, batch)), videos)
+
+    def clips(step: int) -> Clips:
+        return _clips(step, batch, crop, 0, seed)
+
+    return Task("decoder", init, clips, loss, steps, learning_rate=2e-3)
+
+
+def with_decoder(vae: PyTree, decoder: PyTree) -> PyTree:
+    """The VAE's parameters with another decoder."""
+    made = jax.tree.map(lambda leaf: leaf, vae)
+    made["decoder"] = decoder
+    return made
+
+
+def _picture_loss(
+    decoded: Float[Array, "n T H W 3"], videos: Float[Array, "n T H W 3"]
+) -> tuple[Scalar, dict[str, Scalar]]:
+    error = decoded - videos
+    pixels = jnp.mean(jnp.abs(error))
+    differences = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2, 3))
+    psnr = 10 * jnp.log10(4 / jnp.mean(error**2))
+    return pixels + DIFFERENCE_WEIGHT * differences, {"l1": pixels, "psnr": psnr}
 
 
 def _clips(step: int, batch: int, crop: int, history: int, seed: int) -> Clips:
