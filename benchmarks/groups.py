@@ -7,24 +7,36 @@ import argparse
 import collections
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from streamt1_jax.compare import checkable_scene
-from streamt1_jax.compare_store import Result, read_results
+from streamt1_jax.compare_store import read_results
 from streamt1_jax.mini.world import Scene
 
 PREFIX = "check."
 
 
-def table(results: Iterable[Result], group: Callable[[Scene], str | None], checks: list[str]) -> list[str]:
+class Scored(Protocol):
+    """What a table needs of a result."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def scores(self) -> dict[str, float]: ...
+
+
+def table(results: Iterable[Scored], group: Callable[[Scene], str | None], checks: list[str]) -> list[str]:
     """Means in Markdown, a row a group and method.
 
     Args:
         group: the name of a scene's group; None leaves it out.
         checks: the columns.
     """
-    rows: dict[tuple[str, str], list[Result]] = collections.defaultdict(list)
+    rows: dict[tuple[str, str], list[Scored]] = collections.defaultdict(list)
     for result in results:
         scene = checkable_scene(result.prompt)
         name = None if scene is None else group(scene)
