@@ -18,6 +18,8 @@ SCENES = {
     "grows": "a yellow ring grows and shrinks and a white cross spins on a checkered background",
     "stands": "a white square stands still and a small red triangle spins on a brown background",
 }
+PASSING = parse_caption("a large red square stands still and a small blue circle moves right")
+STILL = "a large red square stands still and a small blue circle stands still"
 
 
 def scene_of(name: str) -> Scene:
@@ -99,11 +101,51 @@ def test_a_thing_that_crosses_the_border_goes_on():
 
 
 def test_a_thing_behind_the_other_is_excused():
-    scene = parse_caption("a large red square stands still and a small blue circle moves right")
-    placed = worlds.world.place(scene, worlds.world.draw_openings(0))
-    video = worlds.film_placed(placed._replace(start=np.float32([[64, 40], [20, 40]])), 81)
-    checks = check_video(video, scene)
+    checks = check_video(passing_behind(), PASSING)
     assert min(values(checks)) > 0.9, checks
+
+
+def passing_behind() -> np.ndarray:
+    """A small blue circle goes behind a large red square, and comes out again some 20 frames later."""
+    placed = worlds.world.place(PASSING, worlds.world.draw_openings(0))
+    return worlds.film_placed(placed._replace(start=np.float32([[64, 40], [20, 40]])), 81)
+
+
+def without_blue(video: np.ndarray, frames: slice) -> np.ndarray:
+    """Blue becomes the black background in these frames."""
+    made = video.copy()
+    part = made[frames].astype(int)
+    made[frames] = np.where((part[..., 2:] - part[..., :1]) > 20, 12, part)
+    return made
+
+
+def test_a_thing_that_the_other_swallows_is_missed():
+    video = passing_behind()
+    blue = (video[..., 2].astype(int) - video[..., 0] > 100).sum(axis=(1, 2))
+    first_away = int(np.argmax(blue < 20))
+    assert 0 < first_away < 40
+    good, gone, late = (
+        check_video(made, PASSING)
+        for made in (
+            video,
+            without_blue(video, slice(first_away, None)),  # never comes out again
+            without_blue(video, slice(0, first_away + 5)),  # is not there at first
+        )
+    )
+    for bad in (gone, late):
+        for name in ("colour", "number", "shape", "size"):
+            assert getattr(bad, name) < getattr(good, name) - 0.1, (name, bad)
+    assert gone.colour_kept < 0.6, gone
+
+
+def test_a_thing_that_vanishes_beside_the_other_is_missed():
+    """Nothing hides what is larger than the other, or what neither of them moves over."""
+    for caption in ("a small red circle moves right and a large blue square stands still", STILL):
+        scene = parse_caption(caption)
+        placed = worlds.world.place(scene, worlds.world.draw_openings(0))
+        video = worlds.film_placed(placed._replace(start=np.float32([[64, 40], [64 + 26, 40]])), 81)
+        bad = check_video(without_blue(video, slice(20, None)), scene)
+        assert bad.number < 0.7, (caption, bad)
 
 
 def test_every_check_stays_within_0_and_1():

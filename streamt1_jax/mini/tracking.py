@@ -4,21 +4,36 @@
   thing, and a soft edge between a thing and its background is muted.
 - The world is a torus: centres are circular means, neighbours of the last column are in the first.
 - Two things that touch hide parts of each other. Frames in which they do are marked, so that whoever measures can leave
-  them out.
+  them out. One may hide the other, for as long as it takes to pass; what stays away longer is gone.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Complex, Float, Int, UInt8
 
 from streamt1_jax.mini.shapes import SIGNED_DISTANCES
-from streamt1_jax.mini.world import COLOURS, HEIGHT, MUTED, SHAPES, WIDTH, Thing
+from streamt1_jax.mini.world import (
+    COLOURS,
+    DIRECTIONS,
+    GROWTH,
+    GROWTH_PERIOD,
+    HEIGHT,
+    MOVES,
+    MUTED,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    WIDTH,
+    Thing,
+)
 
 FAR = 110  # levels in RGB: a colour so far from all of the palette is none of it
 VISIBLE = 20  # pixels from which a thing counts as seen
 TOUCHING = 3  # pixels of a thing so near the other that they hide each other
+UNSEEN = 3  # pixels of a thing that stand out behind the other when it does not count as seen
 CELL = 4  # pixels; parts of a thing are counted on a grid as coarse as this
 
 PATCH = 24  # samples a side of the square, around a thing, that its shape is read from
@@ -36,7 +51,7 @@ class Track(NamedTuple):
     area: Float[np.ndarray, "T"]  # pixels
     visible: Bool[np.ndarray, "T"]
     clear: Bool[np.ndarray, "T"]  # visible, and not touching the other thing
-    hidden: Bool[np.ndarray, "T"]  # not visible, but touching the other just before or after: it may be behind it
+    hidden: Bool[np.ndarray, "T"]  # not visible, but it may be behind the other: see `_hidden`
     parts: Int[np.ndarray, "T"]  # connected pieces
     centre: Float[np.ndarray, "T 2"]  # (x, y)
     colour: Float[np.ndarray, "T 3"]  # mean of its inner pixels
@@ -92,7 +107,7 @@ def track_things(video: UInt8[np.ndarray, "T H W 3"], masks: list[Masks], things
             area=area.astype(float),
             visible=visible,
             clear=visible & ~touching,
-            hidden=_hidden(visible, touching),
+            hidden=_hidden(visible, touching, longest_cover(thing, things[1 - i]) if len(things) == 2 else 0),
             parts=parts,
             centre=centre,
             colour=_inner_colour(video, mask),
@@ -111,14 +126,46 @@ def _circular_centre(mask: Masks) -> Float[np.ndarray, "T 2"]:
     return np.stack(centre, axis=1)
 
 
-def _hidden(visible: Bool[np.ndarray, "T"], touching: Bool[np.ndarray, "T"]) -> Bool[np.ndarray, "T"]:
-    """Where a thing is not visible, and touched the other in the last frame before or the first one after."""
-    seen = np.flatnonzero(visible)
-    if len(seen) == 0:
-        return np.zeros_like(visible)
-    place = np.searchsorted(seen, np.arange(len(visible)))
-    before, after = seen[np.maximum(place - 1, 0)], seen[np.minimum(place, len(seen) - 1)]
-    return ~visible & (touching[before] | touching[after])
+def _hidden(visible: Bool[np.ndarray, "T"], touching: Bool[np.ndarray, "T"], longest: int) -> Bool[np.ndarray, "T"]:
+    """Where a thing is not visible and may be behind the other.
+
+    That is so where it touched the other when it was last seen, and when it is seen again, if it is; and for no more
+    than `longest` frames.
+    """
+    hidden = np.zeros_like(visible)
+    for start, end in np.flatnonzero(np.diff(np.r_[True, visible, True])).reshape(-1, 2):  # a run of frames without it
+        sightings = [frame for frame in (start - 1, end) if 0 <= frame < len(visible)]
+        if sightings and touching[sightings].all():
+            covered = slice(start, min(start + longest, end)) if start > 0 else slice(max(end - longest, 0), end)
+            hidden[covered] = True
+    return hidden
+
+
+def longest_cover(thing: Thing, other: Thing) -> int:
+    """Frames for which the other thing can hide this one at a time: while it covers all but an edge, or half an
+    oscillation; 0 if it is too small for that, or if neither moves against the other nor grows."""
+    grows = "grows and shrinks" in (thing.motion, other.motion)
+    (least, _), (_, most) = _radii(thing), _radii(other)
+    if shape_area(thing.shape) * least**2 - VISIBLE > shape_area(other.shape) * most**2:
+        return 0
+    speed = _speed_between(thing, other)
+    return math.ceil(2 * (max(most - least, 0) + UNSEEN) / speed) if speed > 0 else GROWTH_PERIOD // 2 * grows
+
+
+def _radii(thing: Thing) -> tuple[float, float]:
+    """The least and the largest."""
+    change = GROWTH * (thing.motion == "grows and shrinks")
+    return SIZES[thing.size] * (1 - change), SIZES[thing.size] * (1 + change)
+
+
+def _speed_between(*things: Thing) -> float:
+    """Pixels a frame; what bounces is taken to go across the other's way."""
+    if any(thing.motion == "bounces" for thing in things):
+        return math.hypot(*(SPEEDS[thing.speed] * (thing.motion in (*MOVES, "bounces")) for thing in things))
+    one, two = (
+        SPEEDS[thing.speed] * np.array(DIRECTIONS.get(thing.motion.removeprefix("moves "), (0, 0))) for thing in things
+    )
+    return float(np.linalg.norm(one - two))
 
 
 def _count_parts(mask: Masks, other: Masks) -> Int[np.ndarray, "T"]:
