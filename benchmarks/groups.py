@@ -1,69 +1,75 @@
-"""A comparison of the embedded model by kinds of captions: one thing or two, and the shape of single things.
+"""A comparison of the embedded model by kinds of captions: with one thing or two, and of single things by their shape.
 
-python benchmarks/groups.py comparison/results.jsonl
+    python benchmarks/groups.py benchmarks/results/cpu-2core-mini-compare-5s.json
+
+Means over the captions of a kind, with the 95 % interval of the mean of all checks and of what it is more than that of
+one candidate, prompt by prompt; of few captions there is no interval.
 """
 
 import argparse
-import collections
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from streamt1_jax.compare import checkable_scene
-from streamt1_jax.compare_store import read_results
-from streamt1_jax.mini.world import Scene
+from streamt1_jax.compare_stats import interval
+from streamt1_jax.mini.world import SHAPES
 
 PREFIX = "check."
 
 
-class Scored(Protocol):
-    """What a table needs of a result."""
+def kinds(prompts: Sequence[str]) -> dict[str, list[int]]:
+    """The numbers of the prompts of each kind; of no kind is what cannot be checked."""
+    scenes = [checkable_scene(prompt) for prompt in prompts]
+    found = {"one thing": [i for i, s in enumerate(scenes) if s and len(s.things) == 1]}
+    found["two things"] = [i for i, s in enumerate(scenes) if s and len(s.things) == 2]
+    for shape in SHAPES:
+        found[f"one {shape}"] = [i for i, s in enumerate(scenes) if s and [t.shape for t in s.things] == [shape]]
+    return {kind: numbers for kind, numbers in found.items() if numbers}
 
-    @property
-    def method(self) -> str: ...
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def scores(self) -> dict[str, float]: ...
+
+def means(by_prompt: Mapping[str, Sequence[float]], numbers: Sequence[int]) -> dict[str, float]:
+    """Of every check, over these prompts."""
+    checks = {name.removeprefix(PREFIX): values for name, values in by_prompt.items() if name.startswith(PREFIX)}
+    return {name: float(np.mean([values[i] for i in numbers])) for name, values in checks.items()}
 
 
-def table(results: Iterable[Scored], group: Callable[[Scene], str | None], checks: list[str]) -> list[str]:
-    """Means in Markdown, a row a group and method.
-
-    Args:
-        group: the name of a scene's group; None leaves it out.
-        checks: the columns.
-    """
-    rows: dict[tuple[str, str], list[Scored]] = collections.defaultdict(list)
-    for result in results:
-        scene = checkable_scene(result.prompt)
-        name = None if scene is None else group(scene)
-        if name is not None:
-            rows[name, result.method].append(result)
-    lines = ["| captions with | method | captions | " + " | ".join(checks) + " |", "|" + "---|" * (3 + len(checks))]
-    for (name, method), found in sorted(rows.items()):
-        means = [np.mean([result.scores[PREFIX + check] for result in found]) for check in checks]
-        lines.append(f"| {name} | {method} | {len(found)} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+def table(summary: Mapping[str, Any]) -> list[str]:
+    """Markdown: a row a kind of captions and entry of the comparison."""
+    entries = summary["entries"]
+    one = next((entry["by_prompt"] for entry in entries if entry["one_candidate"]), None)
+    checks = [name.removeprefix(PREFIX) for name in summary["metrics"] if name.startswith(PREFIX)]
+    head = ["captions with", "captions", "method", "budget", "mean of the checks", "less one candidate", *checks[1:]]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for kind, numbers in kinds(summary["texts"]).items():
+        for entry in entries:
+            ours = entry["by_prompt"]
+            values = [ours[PREFIX + "mean"][i] for i in numbers]
+            more = None
+            if one is not None and not entry["one_candidate"]:
+                more = [value - one[PREFIX + "mean"][i] for value, i in zip(values, numbers, strict=True)]
+            of = means(ours, numbers)
+            row = [kind, len(numbers), entry["method"], entry["budget"], _cell(values), _cell(more, "+")]
+            lines.append(f"| {' | '.join(map(str, row + [f'{of[check]:.3f}' for check in checks[1:]]))} |")
     return lines
 
 
-def things(scene: Scene) -> str:
-    return ("one thing", "two things")[len(scene.things) - 1]
-
-
-def single_shape(scene: Scene) -> str | None:
-    return scene.things[0].shape if len(scene.things) == 1 else None
+def _cell(values: Sequence[float] | None, sign: str = "") -> str:
+    if values is None:
+        return ""
+    found = interval(values)
+    middle = f"{found['mean']:{sign}.3f}"
+    return middle if found["low"] is None else f"{middle} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="of one comparison, or of parts of one")
+    parser.add_argument("summary", type=Path, help="summary.json of a comparison")
     args = parser.parse_args()
-    results = [result for path in args.results for result in read_results(path)]
-    checks = [name.removeprefix(PREFIX) for name in results[0].scores if name.startswith(PREFIX)]
-    print("\n".join([*table(results, things, checks), "", *table(results, single_shape, ["shape", "mean"])]))
+    print("\n".join(table(json.loads(args.summary.read_text(encoding="utf-8")))))
 
 
 if __name__ == "__main__":

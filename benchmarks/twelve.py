@@ -28,12 +28,15 @@ PROMPTS = (
     "a red circle moves right and a blue square spins",
     "a green star stands still and a white ring moves left on a checkered background",
 )
+GAP = 2  # pixels between frames
 LABEL = 16  # pixels of height, above a row
 
 
 def row(frames: np.ndarray, prompt: str, every: int) -> np.ndarray:
     """Every `every`-th frame side by side, under the prompt; uint8 [h, w, 3]."""
-    pictures = np.concatenate(list(frames[::every]), axis=1)
+    apart = [(0, 0), (0, GAP), (0, 0)]  # or what leaves one frame would seem to enter the next
+    shown = [np.pad(frame, apart, constant_values=255) for frame in frames[::every]]
+    pictures = np.concatenate(shown, axis=1)
     label = Image.new("RGB", (pictures.shape[1], LABEL), "white")
     ImageDraw.Draw(label).text((4, 2), prompt, fill="black")
     return np.concatenate([np.asarray(label), pictures])

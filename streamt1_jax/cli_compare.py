@@ -111,9 +111,16 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
     """The prompts of the file, or captions that the embedded model was not trained on."""
     if args.prompts_file is not None:
+        from streamt1_jax.segments import scripts_of_lines
         from streamt1_jax.text import read_prompts_file
 
         prompts, _ = read_prompts_file(args.prompts_file)
+        switching = [script.prompt for script in scripts_of_lines(prompts) if script.switches]
+        if switching:
+            raise BadInputError(
+                f"{args.prompts_file} has @TIME lines below {switching[0]!r}, expected one prompt a video: a "
+                "comparison judges a video by the prompt it began with; take them out"
+            )
         return tuple(prompts)
     from streamt1_jax.mini.shipped import is_mini
     from streamt1_jax.mini.world import held_out_scenes

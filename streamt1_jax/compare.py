@@ -34,6 +34,7 @@ from streamt1_jax.outputs import make_folder
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.result import Output
 from streamt1_jax.rewards import Reward
+from streamt1_jax.run_info import environment
 from streamt1_jax.settings import GenerateConfig
 from streamt1_jax.stream import score_video
 from streamt1_jax.video import write_mp4
@@ -167,6 +168,7 @@ class _Runner:
             **{f"reward model {each.name}": dict(each.about) for each in self.rewards if each.about},
             "checks": self.checker is not None and _sources_of_checks(),
             "device": {"platform": device.platform, "kind": device.device_kind},  # times are compared too
+            "versions": environment()["versions"],
         }
 
     def pictures(self, entry: Entry, index: int) -> list[Path]:

@@ -49,19 +49,22 @@ def summarize(results: Sequence[Result], entries: Sequence[Entry]) -> dict[str, 
         entries: in the order of the table.
 
     Returns:
-        `prompts` and how many of them are `checked`; `metrics`, the names of the scores; `entries`, each with its
-        scores, costs, drift and the `primary` metric `by_prompt`; `differences`, the reference less another method,
-        prompt by prompt; `pairs`, the same of any two methods at equal budgets, of the `primary` metric alone.
+        `prompts`, how many there are, their `texts`, and how many are `checked`; `metrics`, the names of the scores;
+        `entries`, each with its scores, costs, drift and every metric `by_prompt`; `differences`, the reference less
+        another method, prompt by prompt; `pairs`, the same of any two methods at equal budgets, of the `primary` metric
+        alone.
     """
     by_entry = {entry: [r for r in results if _is_of(r, entry)] for entry in entries}
     metrics = list(dict.fromkeys(name for r in results for name in r.scores))
+    texts = {r.prompt_index: r.prompt for r in results}
     primary = PRIMARY if PRIMARY in metrics else "reward.long"
     return {
-        "prompts": len({r.prompt_index for r in results}),
+        "prompts": len(texts),
+        "texts": [texts[index] for index in sorted(texts)],
         "checked": len({r.prompt_index for r in results if any(_is_check(name) for name in r.scores)}),
         "interval": f"{100 * LEVEL:g} % bootstrap over prompts, {RESAMPLES} resamples, from {FEWEST} prompts on",
         "metrics": metrics,
-        "entries": [_of_entry(entry, rows, metrics, primary) for entry, rows in by_entry.items()],
+        "entries": [_of_entry(entry, rows, metrics) for entry, rows in by_entry.items()],
         "differences": [
             {
                 "method": entry.method.name,
@@ -107,9 +110,10 @@ def _scores(rows: Sequence[dict[str, float]], metrics: Sequence[str]) -> Scores:
     return {metric: interval(values) for metric, values in columns.items() if values}
 
 
-def _of_entry(entry: Entry, rows: Sequence[Result], metrics: Sequence[str], primary: str) -> dict[str, Any]:
+def _of_entry(entry: Entry, rows: Sequence[Result], metrics: Sequence[str]) -> dict[str, Any]:
     ready = [row for row in rows if row.compiled == 0]
     seconds = np.mean([row.seconds for row in ready or rows])
+    in_order = sorted(rows, key=lambda row: row.prompt_index)
     return {
         "method": entry.method.name,
         "about": METHODS[entry.method.name].about,
@@ -121,7 +125,7 @@ def _of_entry(entry: Entry, rows: Sequence[Result], metrics: Sequence[str], prim
         "seconds_of": len(ready),  # results; where 0, all of them compiled and the seconds hold that
         "scores": _scores([row.scores for row in rows], metrics),
         # In the order of the prompts, so that whoever has the summary alone can compare any two methods.
-        "by_prompt": [row.scores.get(primary) for row in sorted(rows, key=lambda row: row.prompt_index)],
+        "by_prompt": {metric: [row.scores.get(metric) for row in in_order] for metric in metrics},
         "drift": _drift(rows, metrics),
         "last_less_first": _last_less_first(rows, metrics),
     }

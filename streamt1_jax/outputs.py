@@ -127,10 +127,10 @@ def check_beside(path: Path, *, overwrite: bool) -> None:
         _check_file(path, overwrite, named=False)
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the last part of a path, if it is not there."""
+def make_folder(folder: Path, *, parents: bool = False) -> None:
+    """Makes the last part of a path, if it is not there; or all of them."""
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True, parents=parents)
     except OSError as error:
         raise _write_error(folder, error) from error
 

@@ -388,7 +388,9 @@ def test_a_summary_counts_prompts_that_were_checked():
     assert summary["entries"][0]["scores"]["check.mean"]["prompts"] == 5
     assert summary["entries"][0]["scores"]["reward.long"]["prompts"] == 9
     assert summary["differences"] == [], "there is no stream_t1 to compare with"
-    assert summary["entries"][1]["by_prompt"] == [2.0, None] * 4 + [2.0]
+    by_prompt = summary["entries"][1]["by_prompt"]
+    assert by_prompt == {"reward.long": [2.0] * 9, "check.mean": [2.0, None] * 4 + [2.0]}
+    assert summary["texts"] == [f"prompt {index}" for index in range(9)]
     drift = summary["entries"][1]["drift"]
     assert [(part["start"], part["scores"]["reward.long"]["mean"]) for part in drift] == [(0, 2), (5, 1), (10, 0)]
 
@@ -486,6 +488,7 @@ def streamt1(capsys, *argv: object) -> tuple[int, str, str]:
         ("--sheets -1", "--sheets is -1, expected at least 0"),
         ("--prompts 4 --prompts-file some.txt", "not allowed with"),
         ("--prompts-file missing.txt", "missing.txt"),
+        ("--prompts-file switching.txt", "has @TIME lines below 'a red circle spins'"),
         ("--seconds 5 --frames 81", "not allowed with"),
         ("--frames 80", "69 and 81"),
         ("--seed -1", "seed is -1"),
@@ -499,6 +502,7 @@ def streamt1(capsys, *argv: object) -> tuple[int, str, str]:
 def test_bad_arguments_are_refused(options, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
+    (tmp_path / "switching.txt").write_text("a red circle spins\n@5s a blue square spins\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "results.jsonl").write_text("")
     code, out, err = streamt1(capsys, *options.split())

@@ -149,7 +149,11 @@ class TestWeights:
     @pytest.mark.parametrize("role", ROLES)
     def test_the_shipped_ones_prefer_good_videos(self, role):
         params = shipped.load_mini(shipped.FOLDER, f"reward_{role}", reward_graph(role)[1])
-        assert accuracy_by_kind(role, params, batches=4)["all"] > 0.8
+        found = accuracy_by_kind(role, params, batches=4)
+        # What cannot be told without the caption; one that reads none would be right about half of these.
+        asked = {"short": ("colour", "number", "background"), "long": ("colour", "number", "motion", "rate")}[role]
+        assert min(found[kind] for kind in asked) > 0.75, found
+        assert found["all"] > 0.9, found
 
 
 class TestTraining:

@@ -37,13 +37,15 @@ def save_mini(folder: Path, networks: dict[str, PyTree], origin: dict[str, Any])
         WeightsError: a number too large for 16 bits.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, _stored(networks), origin)
+    _write(folder, _stored(networks), ModelConfig.mini().timestep_shift, origin)
 
 
 def add_to_mini(
     folder: Path, networks: dict[str, PyTree], origin: dict[str, Any], *, start: Path | None = None
 ) -> None:
     """Puts networks beside those that a folder holds, if any, in the place of earlier ones of their names.
+
+    The schedule's shift stays that of the DiT that is there.
 
     Args:
         origin: goes into that of the manifest, key by key.
@@ -57,12 +59,16 @@ def add_to_mini(
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
     origins: dict[str, Any] = {}
+    shift = ModelConfig.mini().timestep_shift
     for source in (start, folder):
         if source is not None and is_mini(source):
-            origins |= _verify(source)["origin"]
+            manifest = _verify(source)
+            origins |= manifest["origin"]
             tensors |= load_file(source / TENSORS)
+            if "dit" in manifest["networks"]:
+                shift = manifest["timestep_shift"]
     kept = {name: tensor for name, tensor in tensors.items() if name.partition("/")[0] not in networks}
-    _write(folder, kept | _stored(networks), origins | origin)
+    _write(folder, kept | _stored(networks), shift, origins | origin)
 
 
 def _stored(networks: dict[str, PyTree]) -> dict[str, np.ndarray]:
@@ -77,7 +83,7 @@ def _stored(networks: dict[str, PyTree]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _write(folder: Path, tensors: dict[str, np.ndarray], origin: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, np.ndarray], timestep_shift: float, origin: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
     partial = folder / f"{TENSORS}.partial"  # what stands there may be hours of training
@@ -87,7 +93,7 @@ def _write(folder: Path, tensors: dict[str, np.ndarray], origin: dict[str, Any])
         "file": TENSORS,
         "sha256": file_sha256(partial),
         "networks": networks,
-        "timestep_shift": ModelConfig.mini().timestep_shift,  # by which the DiT is trained, and so is to be sampled
+        "timestep_shift": timestep_shift,  # at which the DiT was trained, and so is to be sampled
         "origin": origin,
     }
     told = folder / f"{MANIFEST}.partial"
@@ -101,10 +107,7 @@ def _verify(folder: Path) -> dict[str, Any]:
     manifest, path = read_manifest(folder), folder / TENSORS
     found = file_sha256(path) if path.is_file() else "missing"
     if found != manifest["sha256"]:
-        raise WeightsError(
-            f"{path}: sha256 is {found}, the manifest says {manifest['sha256']}; install the "
-            "package again, or let streamt1 train-mini --resume write them anew"
-        )
+        raise WeightsError(f"{path}: sha256 is {found}, the manifest says {manifest['sha256']}; {_advice(folder)}")
     return manifest
 
 
@@ -119,7 +122,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{folder / MANIFEST} cannot be read ({error}), expected the manifest of the embedded model; "
-            "install the package again, or run streamt1 train-mini"
+            f"{_advice(folder)}"
         ) from error
     missing = [key for key in ("sha256", "networks", "timestep_shift", "origin") if key not in manifest]
     if missing:
@@ -127,6 +130,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder / MANIFEST} has no {', '.join(missing)}: another version wrote it; train its weights again"
         )
     return manifest
+
+
+def _advice(folder: Path) -> str:
+    if folder.resolve() == FOLDER.resolve():
+        return "install the package again"
+    return (
+        f"name a folder that streamt1 train-mini has written, or take {TENSORS} and {MANIFEST} away and let the "
+        "command that made them write them anew with --resume"
+    )
 
 
 def load_mini(folder: Path, network: str, abstract: PyTree) -> PyTree:

@@ -38,6 +38,7 @@ from streamt1_jax.mini.train_rewards import accuracy_by_kind, reward_task
 from streamt1_jax.mini.train_vae import decoder_task, standardise, vae_task, with_decoder
 from streamt1_jax.mini.training import Task, fit
 from streamt1_jax.networks import network_graph
+from streamt1_jax.outputs import make_folder
 from streamt1_jax.rewards.registry import Role
 from streamt1_jax.text import Tokenizer
 from streamt1_jax.weights import MiniWeights
@@ -47,6 +48,7 @@ DIT_KEYS = ("first_chunks", "sequences", "dit_first", "dit_first_batch", "dit", 
 DECODER_KEYS = ("decoder",)
 REWARD_KEYS = ("reward_short", "reward_long")
 ONLY_REWARDS = "--only rewards "  # the option that trains them alone
+ENCODE_REPORT = 400  # scenes between two lines of it, a multiple of the encoder's batch
 FIRSTS_A_SEQUENCE = 2  # first chunks in a batch beside each of its sequences
 
 
@@ -141,7 +143,7 @@ class Run:
             "backend": jax.default_backend(),
             **more,
         }
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out, parents=True)
         path = self.out / ("run_rewards.json" if keys == REWARD_KEYS else "run.json")
         if not path.exists():
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -177,7 +179,7 @@ class Run:
             )
 
             def say(done: int) -> None:
-                if self.report is not None:
+                if self.report is not None and (done % ENCODE_REPORT == 0 or done == count):
                     self.report("encode", {"step": done, "steps": count})
 
             made = encode_sequences(config, vae, tokenizer, count=count, chunks=chunks, seed=self.seed, report=say)
@@ -200,16 +202,16 @@ def train_mini(run: Run) -> None:
         KeyboardInterrupt: a signal asked for it.
     """
     config, recipe, seed = ModelConfig.mini(), run.recipe, run.seed
+    run.begin(keys=REWARD_KEYS, options=ONLY_REWARDS)  # first, or it would fail at the end
     origin = run.begin()
-    run.begin(keys=REWARD_KEYS, options=ONLY_REWARDS)  # or it would fail at the end
     short = functools.partial(vae_task, batch=8, frames=5, crop=48, decay_steps=2 * recipe.vae)
     vae = run.fit(short("vae", config, steps=recipe.vae, seed=seed))
     longer = functools.partial(vae_task, batch=4, crop=48)
-    vae = run.fit(longer("vae_long", config, vae, steps=recipe.vae_long, frames=17, seed=seed + 1))
+    vae = run.fit(longer("vae_long", config, vae, steps=recipe.vae_long, frames=17, seed=seed))
     late = functools.partial(longer, frames=8, history=73, ema_decay=0.99)  # a short stage: its average forgets sooner
-    vae = run.fit(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed + 2))
+    vae = run.fit(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
-    vae = with_decoder(vae, run.fit(decoder_task(config, vae, steps=recipe.decoder, seed=seed + 3)))
+    vae = with_decoder(vae, run.fit(decoder_task(config, vae, steps=recipe.decoder, seed=seed)))
     made = _train_dit(run, config, vae, None)
     save_mini(run.out, {"vae": vae, **made}, origin)
     train_rewards(dataclasses.replace(run, resume=True))
@@ -227,35 +229,35 @@ def continue_dit(run: Run, start: Path) -> None:
         WeightsError: what stands in `start` is damaged or of another size.
         TrainingError, KeyboardInterrupt: as in `train_mini`.
     """
-    old, origin = _begin_from(run, start, DIT_KEYS)
-    made = _train_dit(run, ModelConfig.mini(), old["vae"], {name: old[name] for name in ("dit", "text")})
+    config, old, origin = _begin_from(run, start, DIT_KEYS)
+    made = _train_dit(run, config, old["vae"], {name: old[name] for name in ("dit", "text")})
     add_to_mini(run.out, made, origin, start=start)
 
 
 def continue_decoder(run: Run, start: Path) -> None:
     """Goes on with the decoder of earlier weights; arguments, results and errors are those of `continue_dit`."""
-    old, origin = _begin_from(run, start, DECODER_KEYS, options="--only decoder ")
-    task = decoder_task(ModelConfig.mini(), old["vae"], steps=run.recipe.decoder, seed=run.seed)
+    config, old, origin = _begin_from(run, start, DECODER_KEYS, options="--only decoder ")
+    task = decoder_task(config, old["vae"], steps=run.recipe.decoder, seed=run.seed)
     add_to_mini(run.out, {"vae": with_decoder(old["vae"], run.fit(task))}, origin, start=start)
 
 
 def _begin_from(
     run: Run, start: Path, keys: tuple[str, ...], options: str = ""
-) -> tuple[dict[str, PyTree], dict[str, Any]]:
-    """(the networks to go on from, what to write of their making), after `Run.begin`."""
+) -> tuple[ModelConfig, dict[str, PyTree], dict[str, Any]]:
+    """(their sizes, the networks to go on from, what to write of their making), after `Run.begin`."""
     if run.out.resolve() == start.resolve():
         raise BadInputError(f"{run.out} is where the training starts from; write into another folder")
-    config = ModelConfig.mini()
+    manifest = read_manifest(start)
+    config = dataclasses.replace(ModelConfig.mini(), timestep_shift=manifest["timestep_shift"])
     abstract = {name: network_graph(config, name, jnp.float32)[1] for name in ("vae", "dit", "text")}
     old = {name: load_mini(start, name, network) for name, network in abstract.items()}
-    manifest = read_manifest(start)
     origin = manifest["origin"]
     if run.seed in {record.get("seed") for record in (origin, *origin.get("continued", []))}:
         raise BadInputError(
             f"seed is {run.seed}, with which {start} was trained already; name another, for other scenes and noise"
         )
     record = run.begin(keys=keys, options=f"{options}--start DIR ", more={"start_sha256": manifest["sha256"]})
-    return old, {"continued": [*origin.get("continued", []), record]}
+    return config, old, {"continued": [*origin.get("continued", []), record]}
 
 
 def _train_dit(run: Run, config: ModelConfig, vae: PyTree, start: PyTree | None) -> PyTree:
@@ -301,9 +303,11 @@ def _latents_of_the_world(config: ModelConfig, vae: PyTree) -> jax.Array:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    """The commit of this file; None where it is in no repository, be it installed inside another one."""
+    run = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        if run(["git", "ls-files", "--error-unmatch", Path(__file__).name]).returncode != 0:
+            return None
+        return run(["git", "describe", "--always", "--dirty", "--abbrev=40"]).stdout.strip() or None
     except OSError:  # no git
         return None
-    return found.stdout.strip() or None

@@ -25,7 +25,7 @@ from streamt1_jax.mini.rewards import (
     caption_tokenizer,
     reward_graph,
 )
-from streamt1_jax.mini.training import Task
+from streamt1_jax.mini.training import Task, seed_of
 from streamt1_jax.rewards.base import PromptTokens
 from streamt1_jax.rewards.registry import Role
 from streamt1_jax.text import Tokenizer
@@ -105,14 +105,15 @@ def reward_task(role: Role, *, steps: int, groups: int | None = None, seed: int 
         groups: in a batch, other than `CLIPS` says.
     """
     clips, graph, tokenizer = CLIPS[role], reward_graph(role)[0], caption_tokenizer()
-
-    key = jax.random.key(seed)
+    name = f"reward_{role}"
+    own_seed = seed_of(name, seed)
+    key = jax.random.key(own_seed)
 
     def init() -> PyTree:
         return nnx.split(RewardNet(role, rngs=nnx.Rngs(seed)))[1]
 
     def batch(step: int) -> Preferences:
-        rng = np.random.default_rng((seed, step))
+        rng = np.random.default_rng((own_seed, step))
         numbers = rng.integers(2**31, size=groups or clips.groups).tolist()
         return draw_preferences(clips, tokenizer, numbers, world.training_scene, jax.random.fold_in(key, step))
 
@@ -130,7 +131,7 @@ def reward_task(role: Role, *, steps: int, groups: int | None = None, seed: int 
         }
         return total, figures
 
-    return Task(f"reward_{role}", init, batch, loss, steps, LEARNING_RATE)
+    return Task(name, init, batch, loss, steps, LEARNING_RATE)
 
 
 def score_preferences(net: RewardNet, batch: Preferences) -> tuple[Array, Array]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from streamt1_jax.config import ModelConfig
 from streamt1_jax.mini import world
-from streamt1_jax.mini.training import Task
+from streamt1_jax.mini.training import Task, seed_of
 from streamt1_jax.models.vae import LATENT_MEAN, LATENT_STD, WanVAE
 from streamt1_jax.networks import network_graph
 from streamt1_jax.types import Frames, HostOrDevice, Scalar
@@ -93,7 +93,7 @@ def vae_task(
         return wrong + LATENT_COST * size, figures | {"latent_power": size}
 
     def clips(step: int) -> Clips:
-        return _clips(step, batch, crop, history, seed)
+        return _clips(step, batch, crop, history, seed_of(name, seed))
 
     return Task(name, init, clips, loss, steps, learning_rate=2e-3, decay_steps=decay_steps, ema_decay=ema_decay)
 
@@ -107,7 +107,7 @@ def decoder_task(config: ModelConfig, vae: PyTree, *, steps: int, seed: int = 0)
         vae: parameters of both networks.
     """
     graph, _ = network_graph(config, "vae", jnp.float32)
-    batch, frames, crop = 4, 25, 48
+    name, batch, frames, crop = "decoder", 4, 25, 48
 
     def init() -> PyTree:
         return jax.tree.map(jnp.copy, vae["decoder"])
@@ -129,9 +129,9 @@ def decoder_task(config: ModelConfig, vae: PyTree, *, steps: int, seed: int = 0)
         return _picture_loss(jax.vmap(one)(videos, jax.random.split(key, batch)), videos)
 
     def clips(step: int) -> Clips:
-        return _clips(step, batch, crop, 0, seed)
+        return _clips(step, batch, crop, 0, seed_of(name, seed))
 
-    return Task("decoder", init, clips, loss, steps, learning_rate=2e-3)
+    return Task(name, init, clips, loss, steps, learning_rate=2e-3)
 
 
 def with_decoder(vae: PyTree, decoder: PyTree) -> PyTree:
