@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from streamt1_jax.compare import checkable_scene
+from streamt1_jax.compare_report import score_cell
 from streamt1_jax.compare_stats import interval
 from streamt1_jax.mini.world import SHAPES
 
@@ -50,19 +51,11 @@ def table(summary: Mapping[str, Any]) -> list[str]:
             values = [ours[PREFIX + "mean"][i] for i in numbers]
             more = None
             if one is not None and not entry["one_candidate"]:
-                more = [value - one[PREFIX + "mean"][i] for value, i in zip(values, numbers, strict=True)]
+                more = interval([value - one[PREFIX + "mean"][i] for value, i in zip(values, numbers, strict=True)])
             of = means(ours, numbers)
-            row = [kind, len(numbers), entry["method"], entry["budget"], _cell(values), _cell(more, "+")]
-            lines.append(f"| {' | '.join(map(str, row + [f'{of[check]:.3f}' for check in checks[1:]]))} |")
+            cells = [score_cell(interval(values)), score_cell(more, "+"), *(f"{of[check]:.3f}" for check in checks[1:])]
+            lines.append(f"| {kind} | {len(numbers)} | {entry['method']} | {entry['budget']} | {' | '.join(cells)} |")
     return lines
-
-
-def _cell(values: Sequence[float] | None, sign: str = "") -> str:
-    if values is None:
-        return ""
-    found = interval(values)
-    middle = f"{found['mean']:{sign}.3f}"
-    return middle if found["low"] is None else f"{middle} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
 
 
 def main() -> None:

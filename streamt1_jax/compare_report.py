@@ -31,7 +31,7 @@ def comparison_table(summary: Summary) -> str:
     for budget in _budgets(summary):
         entries = _at(summary["entries"], budget)
         lines += [f"### {budget} candidate{'s' * (budget != 1)} a chunk", ""]
-        lines += _markdown("mean [95 % interval]", entries, summary["metrics"], _cell)
+        lines += _markdown("mean [95 % interval]", entries, summary["metrics"], score_cell)
         lines += ["", *_cost(entries), ""]
         against = [d for d in summary["differences"] if d["reference_budget"] == budget]
         if against:
@@ -96,19 +96,17 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]]
 
 
-def _cell(score: Summary | None) -> str:
+def score_cell(score: Summary | None, sign: str = "") -> str:
+    """A mean and its interval, if it has one; `sign` is "+" for differences."""
     if score is None:
         return ""
-    return f"{score['mean']:.3f}" + ("" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]")
+    interval = "" if score["low"] is None else f" [{score['low']:{sign}.3f}, {score['high']:{sign}.3f}]"
+    return f"{score['mean']:{sign}.3f}{interval}"
 
 
 def _difference_cell(score: Summary | None) -> str:
-    if score is None:
-        return ""
-    if score["low"] is None:
-        return f"{score['mean']:+.3f}"
-    clear = score["low"] > 0 or score["high"] < 0
-    return f"{score['mean']:+.3f} [{score['low']:+.3f}, {score['high']:+.3f}]{' *' * clear}"
+    clear = score is not None and score["low"] is not None and (score["low"] > 0 or score["high"] < 0)
+    return score_cell(score, "+") + " *" * clear
 
 
 def _cost(entries: Sequence[Summary]) -> list[str]:

@@ -117,14 +117,10 @@ def decoder_task(config: ModelConfig, vae: PyTree, *, steps: int, seed: int = 0)
         networks = nnx.merge(graph, with_decoder(vae, decoder))
 
         def one(video: Frames, key: Array) -> Frames:
-            small = crop // config.vae.space_factor
             latents = jax.lax.stop_gradient(networks.encoder.encode(video))
             key_size, key_noise = jax.random.split(key)
             size = DECODER_NOISE * jax.random.uniform(key_size)
-            noisy = latents + size * jax.random.normal(key_noise, latents.shape)
-            return networks.decoder.decode_chunk_unclamped(
-                networks.decoder.init_decoder_state(small, small), noisy, True
-            )[0]
+            return networks.decoder.decode_unclamped(latents + size * jax.random.normal(key_noise, latents.shape))
 
         return _picture_loss(jax.vmap(one)(videos, jax.random.split(key, batch)), videos)
 
