@@ -70,6 +70,26 @@ class TestAttention:
         assert sizes, "no exponential was found in the trace"
         assert max(sizes) <= 2 * 20, f"a block has {max(sizes)} logits"
 
+    @pytest.mark.parametrize("length", [None, 7])
+    def test_derivatives_are_those_of_jax_own_attention(self, length):
+        lengths = None if length is None else jnp.int32(length)
+        operands, tangents = (self.q, self.k, self.v), (draw(3, 6, HEADS, DIM), draw(4, 10, HEADS, DIM), self.k)
+
+        def reference(q, k, v):
+            valid = None if length is None else lengths[None]
+            return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=valid, implementation="xla")
+
+        def ours(q, k, v):
+            return A.attention(q, k, v, lengths)
+
+        _, forward = jax.jvp(ours, operands, tangents)
+        _, expected = jax.jvp(reference, operands, tangents)
+        assert_close("forward", forward, expected, 1e-5)
+        cotangent = draw(5, 6, HEADS, DIM)
+        gradients, expected = (jax.vjp(attend, *operands)[1](cotangent) for attend in (ours, reference))
+        for name, gradient, wanted in zip("qkv", gradients, expected, strict=True):
+            assert_close(f"gradient of {name}", gradient, wanted, 1e-5)
+
     @pytest.mark.usefixtures("standard_promotion")
     def test_bfloat16_is_near(self):
         q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (self.q, self.k, self.v))
