@@ -54,21 +54,21 @@ FIRSTS_A_SEQUENCE = 2  # first chunks in a batch beside each of its sequences
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps of every stage, what is encoded, and batch sizes. Two CPU cores need five hours or so for the defaults."""
+    """Steps of every stage, what is encoded, and batch sizes. Two CPU cores need three hours or so for the defaults."""
 
     vae: int = 1500
     vae_long: int = 1400
     vae_stream: int = 400
     decoder: int = 1200
-    first_chunks: int = 16000  # scenes of which chunk 0 alone is encoded
-    sequences: int = 1500
-    dit_first: int = 8000
+    first_chunks: int = 12000  # scenes of which chunk 0 alone is encoded
+    sequences: int = 1200
+    dit_first: int = 5500
     dit_first_batch: int = 24
-    dit: int = 2500
+    dit: int = 1600
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
-    reward_short: int = 4000
-    reward_long: int = 4000
+    reward_short: int = 3000
+    reward_long: int = 3000
 
     def __post_init__(self):
         wrong = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) < 1]
