@@ -203,7 +203,7 @@ def test_other_looks_are_of_chunk_0(vae, sequences, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["first_chunks", "sequences"])
 def test_a_step_of_the_dit_lowers_its_loss(data, request):
-    task = dit_task("dit", SMALL, StreamConfig(), [(request.getfixturevalue(data), 2)], steps=100)
+    task = dit_task("dit", SMALL, StreamConfig(), [(request.getfixturevalue(data), 2)], steps=100, learning_rate=2e-3)
     before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
     assert after < before
 
@@ -212,7 +212,7 @@ def test_a_step_of_the_dit_lowers_its_loss(data, request):
 def test_a_step_of_the_text_encoder_alone_lowers_the_loss(first_chunks):
     abstract = {name: network_graph(SMALL, name, jnp.float32)[1] for name in ("dit", "text")}
     start = {name: random_params(network, seed=1) for name, network in abstract.items()}
-    task = dit_task("dit", SMALL, StreamConfig(), [(first_chunks, 2)], start, steps=100)
+    task = dit_task("dit", SMALL, StreamConfig(), [(first_chunks, 2)], start, steps=100, learning_rate=2e-3)
     batch, key, params = task.batch(0), jax.random.key(0), task.init()
     loss = jax.jit(lambda text: task.loss(params | {"text": text}, batch, key)[0])
     before, slope = jax.jit(jax.value_and_grad(loss))(params["text"])
@@ -225,7 +225,7 @@ def test_a_step_of_the_text_encoder_alone_lowers_the_loss(first_chunks):
 
 @pytest.mark.slow
 def test_a_resumed_network_makes_the_same_updates(first_chunks, tmp_path):
-    task = dit_task("dit", SMALL, StreamConfig(), [(first_chunks, 2)], steps=4)
+    task = dit_task("dit", SMALL, StreamConfig(), [(first_chunks, 2)], steps=4, learning_rate=2e-3)
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     whole = fit(task, tmp_path / "whole", seed=3)

@@ -49,6 +49,9 @@ DECODER_KEYS = ("decoder",)
 REWARD_KEYS = ("reward_short", "reward_long")
 ONLY_REWARDS = "--only rewards "  # the option that trains them alone
 ENCODE_REPORT = 400  # scenes between two lines of it, a multiple of the encoder's batch
+# Learning rates of dit_first and dit. High ones learn sooner from nothing, and unlearn what trained weights know.
+RATES_FROM_NOTHING = (6e-3, 3e-3)
+RATES_GOING_ON = (2e-3, 1e-3)
 FIRSTS_A_SEQUENCE = 2  # first chunks in a batch beside each of its sequences
 
 
@@ -62,9 +65,9 @@ class Recipe:
     decoder: int = 1200
     first_chunks: int = 12000  # scenes of which chunk 0 alone is encoded
     sequences: int = 1200
-    dit_first: int = 5500
-    dit_first_batch: int = 24
-    dit: int = 1600
+    dit_first: int = 9000
+    dit_first_batch: int = 12
+    dit: int = 1800
     dit_batch: int = 6
     chunks: int = 5  # of a sequence
     reward_short: int = 3000
@@ -212,7 +215,7 @@ def train_mini(run: Run) -> None:
     vae = run.fit(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
     vae = with_decoder(vae, run.fit(decoder_task(config, vae, steps=recipe.decoder, seed=seed)))
-    made = _train_dit(run, config, vae, None)
+    made = _train_dit(run, config, vae, None, RATES_FROM_NOTHING)
     save_mini(run.out, {"vae": vae, **made}, origin)
     train_rewards(dataclasses.replace(run, resume=True))
 
@@ -230,7 +233,7 @@ def continue_dit(run: Run, start: Path) -> None:
         TrainingError, KeyboardInterrupt: as in `train_mini`.
     """
     config, old, origin = _begin_from(run, start, DIT_KEYS)
-    made = _train_dit(run, config, old["vae"], {name: old[name] for name in ("dit", "text")})
+    made = _train_dit(run, config, old["vae"], {name: old[name] for name in ("dit", "text")}, RATES_GOING_ON)
     add_to_mini(run.out, made, origin, start=start)
 
 
@@ -260,16 +263,17 @@ def _begin_from(
     return config, old, {"continued": [*origin.get("continued", []), record]}
 
 
-def _train_dit(run: Run, config: ModelConfig, vae: PyTree, start: PyTree | None) -> PyTree:
-    """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing."""
+def _train_dit(run: Run, config: ModelConfig, vae: PyTree, start: PyTree | None, rates: tuple[float, float]) -> PyTree:
+    """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing, at the rates of two stages."""
     recipe = run.recipe
     dit = functools.partial(dit_task, config=config, stream=StreamConfig(), seed=run.seed)
     first = run.encode(config, vae, recipe.first_chunks, 1)
-    made = run.fit(dit("dit_first", sets=[(first, recipe.dit_first_batch)], start=start, steps=recipe.dit_first))
+    alone = [(first, recipe.dit_first_batch)]
+    made = run.fit(dit("dit_first", sets=alone, start=start, steps=recipe.dit_first, learning_rate=rates[0]))
     data = run.encode(config, vae, recipe.sequences, recipe.chunks)
     # First chunks beside them and a lower rate: few sequences alone unlearn what many first chunks have taught.
     sets = [(data, recipe.dit_batch), (first, FIRSTS_A_SEQUENCE * recipe.dit_batch)]
-    return run.fit(dit("dit", sets=sets, start=made, steps=recipe.dit, learning_rate=1e-3))
+    return run.fit(dit("dit", sets=sets, start=made, steps=recipe.dit, learning_rate=rates[1]))
 
 
 def train_rewards(run: Run) -> None:

@@ -96,7 +96,7 @@ def dit_task(
     start: PyTree | None = None,
     *,
     steps: int,
-    learning_rate: float = 2e-3,
+    learning_rate: float,
     seed: int = 0,
 ) -> Task:
     """The training of {"dit", "text"}.
