@@ -19,7 +19,7 @@ from streamt1_jax.errors import BadInputError, TrainingError, WeightsError
 from streamt1_jax.interrupts import Interrupts
 from streamt1_jax.measure import compilation_cache
 from streamt1_jax.mini import shipped, train, train_dit, train_vae, world
-from streamt1_jax.mini.sequences import Sequences, encode_sequences
+from streamt1_jax.mini.sequences import BATCH, Sequences, encode_sequences, join
 from streamt1_jax.mini.train import Recipe, Run, continue_decoder, continue_dit
 from streamt1_jax.mini.train_dit import coupled_noise, dit_task
 from streamt1_jax.mini.train_rewards import reward_task
@@ -166,7 +166,7 @@ def vae():
 @pytest.fixture(scope="module")
 def sequences(vae) -> Sequences:
     tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=32, vocab_size=1024)
-    return encode_sequences(SMALL, vae, tokenizer, count=3, chunks=3, seed=0, batch=2)
+    return join(encode_sequences(SMALL, vae, tokenizer, count=3, chunks=3, seed=0, batch=2))
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_sequences_are_chunks_of_the_world(sequences):
 @pytest.fixture(scope="module")
 def first_chunks(vae) -> Sequences:
     tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=32, vocab_size=1024)
-    return encode_sequences(SMALL, vae, tokenizer, count=3, chunks=1, seed=0, batch=2)
+    return join(encode_sequences(SMALL, vae, tokenizer, count=3, chunks=1, seed=0, batch=2))
 
 
 def test_first_chunks_alone_are_those_of_sequences(sequences, first_chunks):
@@ -195,7 +195,7 @@ def test_first_chunks_alone_are_those_of_sequences(sequences, first_chunks):
 def test_other_looks_are_of_chunk_0(vae, sequences, monkeypatch):
     monkeypatch.setattr(world, "other_looks", lambda scene, seed: scene)
     tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=32, vocab_size=1024)
-    same = encode_sequences(SMALL, vae, tokenizer, count=3, chunks=1, seed=0, batch=2)
+    same = join(encode_sequences(SMALL, vae, tokenizer, count=3, chunks=1, seed=0, batch=2))
     np.testing.assert_allclose(same.other_looks, same.latents[:, 0], atol=1e-4)
     assert np.abs(sequences.other_looks - same.other_looks).max() > 1e-2
 
@@ -355,9 +355,24 @@ def test_the_loss_of_a_level_is_that_of_its_new_estimate():
 
 
 def test_sequences_of_another_version_are_refused(tmp_path, vae):
-    np.savez(tmp_path / "sequences_3x1.npz", latents=np.zeros(1))
+    (tmp_path / "sequences_3x1").mkdir()
+    np.savez(tmp_path / "sequences_3x1" / "0.npz", latents=np.zeros(1))
     with pytest.raises(BadInputError, match="another version"):
         Run(tmp_path, Recipe()).encode(SMALL, vae, 3, 1)
+
+
+@pytest.mark.slow
+def test_a_stopped_encoding_goes_on_with_the_next_part(tmp_path, vae, monkeypatch):
+    monkeypatch.setattr(train, "ENCODED_PART", BATCH)
+    run, count = Run(tmp_path, Recipe()), BATCH + 3
+    whole = run.encode(SMALL, vae, count, 1)
+    first, second = (tmp_path / f"sequences_{count}x1" / f"{begin}.npz" for begin in (0, BATCH))
+    second.unlink()
+    written = first.stat().st_mtime_ns
+    again = run.encode(SMALL, vae, count, 1)
+    assert first.stat().st_mtime_ns == written
+    assert len(again.latents) == count
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
 def test_a_run_without_git_has_no_commit(monkeypatch):

@@ -1,7 +1,7 @@
 """Videos of the little world as the DiT is trained on them: encoded, cut into chunks, with their captions' tokens."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ CHUNK = 3  # latent frames
 FIRST_PIXELS, CHUNK_PIXELS = 9, 12  # pixel frames of chunk 0 and of every other
 LATE_CHUNKS = (4, 60)  # where the run of every other batch begins, 3 to 45 seconds on; that of the rest, with chunk 1
 SEED_STEP = 1_000_000  # scenes from one seed to the next
+BATCH = 8
 LATE_PIXELS = 33  # frames before a late run that bring the encoder to the state it has in a long video
 
 
@@ -43,28 +44,27 @@ def encode_sequences(
     count: int,
     chunks: int,
     seed: int,
-    batch: int = 8,
-    report: Callable[[int], None] = lambda done: None,
-) -> Sequences:
-    """Renders and encodes `count` sequences of `chunks` chunks.
+    first: int = 0,
+    batch: int = BATCH,
+) -> Iterator[Sequences]:
+    """Renders and encodes `count` sequences of `chunks` chunks, a batch at a time.
 
     Args:
         vae: parameters of the VAE.
-        report: called after every batch with how many are done.
+        first: the sequence to begin with, a multiple of `batch`; the others are what they would be without it.
     """
     encode = {
         late: jax.jit(jax.vmap(functools.partial(_encode, config, chunks, late), in_axes=(None, 0, 0)))
         for late in (False, True)
     }
     encode_first = jax.jit(jax.vmap(functools.partial(_encode_first, config), in_axes=(None, 0)))
-    parts = []
-    for first in range(0, count, batch):
-        numbers = [seed * SEED_STEP + n for n in range(first, first + batch)]
+    for begin in range(first, count, batch):
+        numbers = [seed * SEED_STEP + n for n in range(begin, begin + batch)]
         scenes = [world.training_scene(number) for number in numbers]
         others = [world.other_looks(*pair) for pair in zip(scenes, numbers, strict=True)]
         openings = np.stack([world.draw_openings(number) for number in numbers])
-        late = chunks > 1 and first // batch % 2 == 1
-        runs = np.random.default_rng((seed, first)).integers(*(LATE_CHUNKS if late else (1, 2)), batch, np.int32)
+        late = chunks > 1 and begin // batch % 2 == 1
+        runs = np.random.default_rng((seed, begin)).integers(*(LATE_CHUNKS if late else (1, 2)), batch, np.int32)
         start = np.concatenate([np.zeros((batch, 1)), runs[:, None] + np.arange(chunks - 1)], axis=1)
         prompts = [tokenizer(scene.caption()) for scene in scenes]
         made = Sequences(
@@ -75,9 +75,12 @@ def encode_sequences(
             tokens=np.stack([prompt.ids for prompt in prompts]),
             mask=np.stack([prompt.mask for prompt in prompts]),
         )
-        parts.append(made)
-        report(min(first + batch, count))
-    return Sequences(*(np.concatenate(leaves)[:count] for leaves in zip(*parts, strict=True)))
+        yield Sequences(*(leaf[: count - begin] for leaf in made))
+
+
+def join(parts: Iterable[Sequences]) -> Sequences:
+    """One set of several."""
+    return Sequences(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
 
 
 def _place(scenes: list[world.Scene], openings: np.ndarray) -> world.Placed:

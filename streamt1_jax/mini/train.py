@@ -12,6 +12,7 @@ rewards    one for frames, one for motion; they see pixels and captions alone, s
 
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from streamt1_jax.config import ModelConfig, StreamConfig
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.interrupts import Interrupts
 from streamt1_jax.mini import world
-from streamt1_jax.mini.sequences import Sequences, encode_sequences
+from streamt1_jax.mini.sequences import BATCH, Sequences, encode_sequences, join
 from streamt1_jax.mini.shipped import add_to_mini, load_mini, read_manifest, save_mini
 from streamt1_jax.mini.train_dit import dit_task
 from streamt1_jax.mini.train_rewards import accuracy_by_kind, reward_task
@@ -48,7 +49,7 @@ DIT_KEYS = ("first_chunks", "sequences", "dit_first", "dit_first_batch", "dit", 
 DECODER_KEYS = ("decoder",)
 REWARD_KEYS = ("reward_short", "reward_long")
 ONLY_REWARDS = "--only rewards "  # the option that trains them alone
-ENCODE_REPORT = 400  # scenes between two lines of it, a multiple of the encoder's batch
+ENCODED_PART = 50 * BATCH  # scenes in a file of an encoded set
 # Learning rates of dit_first and dit. High ones learn sooner from nothing, and unlearn what trained weights know.
 RATES_FROM_NOTHING = (6e-3, 3e-3)
 RATES_GOING_ON = (2e-3, 1e-3)
@@ -170,30 +171,33 @@ class Run:
         return fit(task, self.out, seed=self.seed, resume=self.resume, report=say, interrupts=self.interrupts)
 
     def encode(self, config: ModelConfig, vae: PyTree, count: int, chunks: int) -> Sequences:
-        """A training set; a stopped run finds it in its folder.
+        """A training set; a stopped run finds what it had encoded in a folder of its own.
 
         Raises:
             BadInputError: what it finds was written by another version.
         """
-        path = self.out / f"sequences_{count}x{chunks}.npz"
-        if not path.exists():
-            tokenizer = Tokenizer(
-                MiniWeights.tokenizer, text_len=config.dit.text_len, vocab_size=config.text.vocab_size
-            )
-
-            def say(done: int) -> None:
-                if self.report is not None and (done % ENCODE_REPORT == 0 or done == count):
-                    self.report("encode", {"step": done, "steps": count})
-
-            made = encode_sequences(config, vae, tokenizer, count=count, chunks=chunks, seed=self.seed, report=say)
+        folder = self.out / f"sequences_{count}x{chunks}"
+        make_folder(folder, parents=True)
+        paths = [folder / f"{first}.npz" for first in range(0, count, ENCODED_PART)]
+        kept = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
+        tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=config.dit.text_len, vocab_size=config.text.vocab_size)
+        numbers = {"count": count, "chunks": chunks, "seed": self.seed, "first": kept * ENCODED_PART}
+        batches = encode_sequences(config, vae, tokenizer, **numbers)
+        for i, path in enumerate(paths[kept:], start=kept):
             partial = path.with_suffix(".partial.npz")
-            np.savez(partial, **made._asdict())
+            np.savez(partial, **join(itertools.islice(batches, ENCODED_PART // BATCH))._asdict())
             partial.replace(path)
-        with np.load(path) as stored:
-            missing = set(Sequences._fields) - set(stored.files)
-            if missing:
-                raise BadInputError(f"{path} is of another version: it lacks {', '.join(missing)}; name another folder")
-            return Sequences(**{key: stored[key] for key in Sequences._fields})
+            if self.report is not None:
+                self.report("encode", {"step": min((i + 1) * ENCODED_PART, count), "steps": count})
+        return join(map(_load_part, paths))
+
+
+def _load_part(path: Path) -> Sequences:
+    with np.load(path) as stored:
+        missing = set(Sequences._fields) - set(stored.files)
+        if missing:
+            raise BadInputError(f"{path} is of another version: it lacks {', '.join(missing)}; name another folder")
+        return Sequences(**{key: stored[key] for key in Sequences._fields})
 
 
 def train_mini(run: Run) -> None:
