@@ -21,7 +21,7 @@ CHUNK = 3  # latent frames
 FIRST_PIXELS, CHUNK_PIXELS = 9, 12  # pixel frames of chunk 0 and of every other
 LATE_CHUNKS = (4, 60)  # where the run of every other batch begins, 3 to 45 seconds on; that of the rest, with chunk 1
 SEED_STEP = 1_000_000  # scenes from one seed to the next
-BATCH = 8
+BATCH = 8  # scenes encoded at once
 LATE_PIXELS = 33  # frames before a late run that bring the encoder to the state it has in a long video
 
 

@@ -219,7 +219,7 @@ def train_mini(run: Run) -> None:
     vae = run.fit(late("vae_stream", config, vae, steps=recipe.vae_stream, seed=seed))
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
     vae = with_decoder(vae, run.fit(decoder_task(config, vae, steps=recipe.decoder, seed=seed)))
-    made = _train_dit(run, config, vae, None, RATES_FROM_NOTHING)
+    made = _train_dit(run, config, vae, None)
     save_mini(run.out, {"vae": vae, **made}, origin)
     train_rewards(dataclasses.replace(run, resume=True))
 
@@ -237,7 +237,7 @@ def continue_dit(run: Run, start: Path) -> None:
         TrainingError, KeyboardInterrupt: as in `train_mini`.
     """
     config, old, origin = _begin_from(run, start, DIT_KEYS)
-    made = _train_dit(run, config, old["vae"], {name: old[name] for name in ("dit", "text")}, RATES_GOING_ON)
+    made = _train_dit(run, config, old["vae"], {name: old[name] for name in ("dit", "text")})
     add_to_mini(run.out, made, origin, start=start)
 
 
@@ -267,9 +267,9 @@ def _begin_from(
     return config, old, {"continued": [*origin.get("continued", []), record]}
 
 
-def _train_dit(run: Run, config: ModelConfig, vae: PyTree, start: PyTree | None, rates: tuple[float, float]) -> PyTree:
-    """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing, at the rates of two stages."""
-    recipe = run.recipe
+def _train_dit(run: Run, config: ModelConfig, vae: PyTree, start: PyTree | None) -> PyTree:
+    """Encodes the world and trains {"dit", "text"} on it, from `start` or from nothing."""
+    recipe, rates = run.recipe, RATES_FROM_NOTHING if start is None else RATES_GOING_ON
     dit = functools.partial(dit_task, config=config, stream=StreamConfig(), seed=run.seed)
     first = run.encode(config, vae, recipe.first_chunks, 1)
     alone = [(first, recipe.dit_first_batch)]
