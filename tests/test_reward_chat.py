@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 from compare import assert_equal
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from reward_case import CASE, CHECKPOINT, NOTES, PROMPTS, recorded
 
@@ -67,8 +67,10 @@ class TestRecorded:
 
 class TestPromptsAreText:
     @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60))
+    @example("<|Rew ard|>")
     def test_any_text_is_read_as_the_published_code_reads_it(self, hpsv3, prompt):
         """Unless it spells a token, cutting at the text's own tokens first changes nothing."""
+        assume(not hpsv3._pattern.search(prompt))  # Hypothesis takes strings out of the code: "<|Reward|>" is one
         whole = tokenizers.Tokenizer.from_str(IMAGE).encode(hpsv3.instruction.render(prompt), add_special_tokens=False)
         assert hpsv3.ids(prompt).tolist() == whole.ids == hpsv3._tokenize_literally(prompt)
 
