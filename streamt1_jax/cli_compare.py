@@ -35,6 +35,7 @@ def add_compare(commands: Any) -> None:
         "--prompts", type=int, metavar="N", help=f"N held-out captions of the little world (default: {DEFAULT_PROMPTS})"
     )
     what.add_argument("--prompts-file", metavar="FILE", help="one prompt per line instead")
+    add("--captions-seed", type=int, metavar="S", help="draw other held-out captions (default: always the same ones)")
     add("--budget", default="4", metavar="N,...", help="candidates a chunk: 2 is 1x2, 4 is 2x2, 8 is 2x4 (default: 4)")
     add("--checkpoint", default="mini", metavar="DIR", help="a checkpoint (default: mini, the embedded model)")
     add("--rewards", metavar="DIR|SHORT[,LONG]", help="as in generate")
@@ -60,7 +61,12 @@ def _run_compare(args: argparse.Namespace) -> int:
     entries = entries_of(names, numbers("--budget", args.budget))
     folder = Path(args.out)
     refuse_results(folder, resume=args.resume)
-    for name, number, least in (("--sheets", args.sheets, 0), ("--prompts", args.prompts, 1)):
+    least_of = (
+        ("--sheets", args.sheets, 0),
+        ("--prompts", args.prompts, 1),
+        ("--captions-seed", args.captions_seed, 0),
+    )
+    for name, number, least in least_of:
         if number is not None and number < least:
             raise BadInputError(f"{name} is {number}, expected at least {least}: leave it out for its default")
     prompts = _prompts(args)
@@ -111,6 +117,8 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
     """The prompts of the file, or captions that the embedded model was not trained on."""
     if args.prompts_file is not None:
+        if args.captions_seed is not None:
+            raise BadInputError("--captions-seed draws captions, and --prompts-file has its own; leave one out")
         from streamt1_jax.segments import scripts_of_lines
         from streamt1_jax.text import read_prompts_file
 
@@ -130,7 +138,8 @@ def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
             f"--checkpoint {args.checkpoint} came without --prompts-file, expected one: only the embedded model has "
             "captions of its own"
         )
-    scenes = held_out_scenes(args.prompts or DEFAULT_PROMPTS)
+    seeds = {} if args.captions_seed is None else {"seed": args.captions_seed}
+    scenes = held_out_scenes(args.prompts or DEFAULT_PROMPTS, **seeds)
     return tuple(scene.caption() for scene in scenes)
 
 

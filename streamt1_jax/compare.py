@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from streamt1_jax.compare_store import Part, Result, ResultStore, file_name
 from streamt1_jax.config import MAX_SEED, RunConfig
 from streamt1_jax.contact_sheet import save_contact_sheet
 from streamt1_jax.errors import BadInputError
+from streamt1_jax.manifest import file_sha256
 from streamt1_jax.measure import compilations
 from streamt1_jax.mini import checks, shapes, tracking, world
 from streamt1_jax.mini.checks import check_video
@@ -112,6 +114,13 @@ def _sources_of_checks() -> str:
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
+def _sources_of_rewards(rewards: tuple[Reward, ...]) -> dict[str, str]:
+    """Hashes of the modules that rewards of the user's own, `package.module:Name`, came from."""
+    modules = {each.name: sys.modules.get(each.name.partition(":")[0]) for each in rewards if ":" in each.name}
+    files = {name: getattr(module, "__file__", None) for name, module in modules.items()}
+    return {name: file_sha256(Path(file)) for name, file in files.items() if file is not None}
+
+
 def mini_checker(pipe: StreamT1Pipeline) -> Checker | None:
     """The checks of the little world; None where the weights are not the embedded model's."""
     return check_mini if isinstance(pipe.weights, MiniWeights) else None
@@ -166,6 +175,7 @@ class _Runner:
             "generate": dataclasses.asdict(asked),
             "rewards": {"short": self.rewards[0].name, "long": self.rewards[1].name},
             **{f"reward model {each.name}": dict(each.about) for each in self.rewards if each.about},
+            **{f"code of {name}": sha256 for name, sha256 in _sources_of_rewards(self.rewards).items()},
             "checks": self.checker is not None and _sources_of_checks(),
             "device": {"platform": device.platform, "kind": device.device_kind},  # times are compared too
             "versions": environment()["versions"],

@@ -27,7 +27,7 @@ class Weights(Protocol):
     config: ModelConfig
     tokenizer: Path
     default_rewards: str  # the built-in name that judges where none is asked for
-    own_rewards: Path | None  # the folder that "mini" comes from; None: what the package ships
+    own_rewards: Path | None  # the folder that "mini" comes from; None: the package's
 
     def generator_params(self, dtype: Any) -> PyTree:
         """`{"dit", "decoder"}`, what `wan_generator` takes."""
@@ -72,7 +72,7 @@ class MiniWeights:
         self.folder = Path(folder)
         self.manifest = shipped.read_manifest(self.folder)
         self.config = dataclasses.replace(ModelConfig.mini(), timestep_shift=self.manifest["timestep_shift"])
-        self.own_rewards = self.folder if "reward_short" in self.manifest["networks"] else None
+        self.own_rewards: Path | None = self.folder
 
     def generator_params(self, dtype: Any) -> PyTree:
         return {"dit": self._load("dit", dtype), "decoder": self._load("vae", dtype)["decoder"]}

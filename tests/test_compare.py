@@ -17,7 +17,7 @@ from PIL import Image
 from small import SmallWeights
 
 import streamt1_jax
-from streamt1_jax import cli
+from streamt1_jax import cli, compare_report
 from streamt1_jax.compare import Plan, check_mini, checkable_scene, compare, mini_checker, split_video
 from streamt1_jax.compare_methods import METHODS, entries_of
 from streamt1_jax.compare_report import comparison_table, save_drift_plot, save_quality_plot
@@ -30,6 +30,7 @@ from streamt1_jax.mini import shipped, world
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.result import Output
 from streamt1_jax.rewards import OK, PromptTable, Reward, Verdict
+from streamt1_jax.rewards.registry import load_reward
 from streamt1_jax.settings import GenerateConfig
 from streamt1_jax.video import read_video
 
@@ -169,6 +170,21 @@ def test_the_best_of_n_is_chosen_by_the_final_score_alone(tmp_path, finals, winn
     (result,) = compare_fakes(tmp_path, plan_of(("best_of_n",), prompts=PROMPTS[:1]), FakePipeline(finals))
     assert_close("brightness", result.scores["reward.short"], winner / 255, 1e-6)
     assert_equal("final scores", result.final_scores, [finals.get(seed, seed / 255) for seed in range(42, 46)])
+
+
+def test_results_by_an_edited_reward_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module, plan = tmp_path / "edited_rewards.py", plan_of(("longlive",), prompts=PROMPTS[:1])
+    module.write_text("def level(video, prompt):\n    return float(video.mean())\n")
+    pipe = FakePipeline()
+    reward = load_reward("edited_rewards:level", pipe.prompts)
+    options = {"rewards": (reward, reward), "resume": True}
+    for _ in range(2):
+        compare(pipe, plan, tmp_path / "out", **options)
+    with module.open("a") as file:
+        file.write("# of another version\n")
+    with pytest.raises(BadInputError, match="another code of edited_rewards:level"):
+        compare(pipe, plan, tmp_path / "out", **options)
 
 
 def test_a_video_is_measured_whole_and_in_parts(tmp_path, monkeypatch):
@@ -453,13 +469,21 @@ def test_every_budget_has_its_table_and_its_differences(tmp_path):
     assert [[name.strip() for name in head] for head in heads] == [list(FOUR)] * 3
 
 
-@pytest.mark.parametrize("count", [3, 10])
-def test_the_plots_are_drawn_with_and_without_intervals(tmp_path, count):
-    names = list(METHODS)
-    summary = summarize(results_of({name: [0.5 * count] * count for name in names}), entries_of(names, [4]))
+@pytest.mark.parametrize(("count", "intervals"), [(3, False), (16, True)])
+def test_the_plots_are_drawn_with_and_without_intervals(tmp_path, monkeypatch, count, intervals):
+    names, drawn, write = list(METHODS), [], compare_report._save
+    monkeypatch.setattr(compare_report, "_save", lambda *args: drawn.append(args[1]) or write(*args))
+    values = np.linspace(0.2, 0.8, count).tolist()
+    summary = summarize(results_of(dict.fromkeys(names, values)), entries_of(names, [4]))
     for save in (save_quality_plot, save_drift_plot):
         path = tmp_path / f"{save.__name__}.png"
         save(summary, path)
+        assert list(drawn[-1]) == summary["metrics"]
+        for metric, axes in drawn[-1].items():
+            assert set(names) <= {line.get_label() for line in axes.lines}, metric
+            heights = [each.get_datalim(axes.transData).height for each in axes.collections]
+            assert len(heights) == (len(names) if intervals else 0), metric
+            assert all(height > 0.1 for height in heights), metric
         picture = np.asarray(Image.open(path).convert("RGB"))
         assert picture.shape[0] > 300
         assert picture.shape[1] > 800
@@ -487,6 +511,8 @@ def streamt1(capsys, *argv: object) -> tuple[int, str, str]:
         ("--prompts many", "invalid int value"),
         ("--sheets -1", "--sheets is -1, expected at least 0"),
         ("--prompts 4 --prompts-file some.txt", "not allowed with"),
+        ("--captions-seed 3 --prompts-file some.txt", "leave one out"),
+        ("--captions-seed -1", "--captions-seed is -1, expected at least 0"),
         ("--prompts-file missing.txt", "missing.txt"),
         ("--prompts-file switching.txt", "has @TIME lines below 'a red circle spins'"),
         ("--seconds 5 --frames 81", "not allowed with"),
@@ -538,6 +564,12 @@ def test_the_command_takes_captions_that_were_held_out(capsys, fake, tmp_path):
         ("stream_t1", 4),
     ]
     assert {"device", "cpus", "jax"} <= set(summary["machine"])
+
+
+def test_a_seed_draws_other_captions(capsys, fake):
+    code, _, err = streamt1(capsys, "--prompts", 3, "--methods", "longlive", "--captions-seed", 5)
+    assert (code, err) == (0, "")
+    assert [prompt for prompt, *_ in fake.calls] == [scene.caption() for scene in world.held_out_scenes(3, seed=5)]
 
 
 def test_an_interrupted_command_says_how_to_go_on(capsys, fake, monkeypatch, tmp_path):

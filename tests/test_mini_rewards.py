@@ -27,6 +27,7 @@ from streamt1_jax.run_store import RunStore
 from streamt1_jax.settings import GenerateConfig, RewardsConfig, load_settings
 from streamt1_jax.stream import init_state, score_video, step
 from streamt1_jax.text import Tokenizer
+from streamt1_jax.weights import MiniWeights
 
 ROLES: list[Role] = ["short", "long"]
 CAPTIONS = ["a red circle moves right", "a blue square spins"]
@@ -104,7 +105,7 @@ class TestCall:
 def folder(tmp_path_factory):
     """As `streamt1 train-mini --only rewards` writes it, of random numbers."""
     made = tmp_path_factory.mktemp("rewards")
-    shipped.save_mini(made, {f"reward_{role}": random_params(role) for role in ROLES}, {"summary": "random"})
+    shipped.add_to_mini(made, {f"reward_{role}": random_params(role) for role in ROLES}, {"summary": "random"})
     return made
 
 
@@ -117,7 +118,7 @@ class TestWeights:
             assert jnp.abs(before - after).max() <= 1e-3 * jnp.abs(before).max(), f"weights of {role} changed"
 
     def test_they_are_added_to_what_stands_there(self, folder, tmp_path):
-        shipped.save_mini(tmp_path, {"vae": {"w": jnp.ones(3)}}, {"summary": "a VAE"})
+        shipped.add_to_mini(tmp_path, {"vae": {"w": jnp.ones(3)}}, {"summary": "a VAE"})
         for scale in (1.0, 2.0):
             short = jax.tree.map(lambda x, scale=scale: scale * x, random_params("short"))
             shipped.add_to_mini(tmp_path, {"reward_short": short}, {"rewards": scale})
@@ -126,8 +127,8 @@ class TestWeights:
         assert manifest["origin"] == {"summary": "a VAE", "rewards": 2.0}
         loaded = shipped.load_mini(tmp_path, "reward_short", reward_graph("short")[1])
         assert jnp.allclose(ravel_pytree(loaded)[0], 2 * ravel_pytree(random_params("short"))[0], atol=1e-2)
-        with pytest.raises(WeightsError, match=r"holds vae, reward_short and no reward_long.* --only rewards"):
-            mini_long(tmp_path)
+        with pytest.raises(WeightsError, match=r"holds vae, reward_short and no reward_long.* --only rewards, or name"):
+            mini_long(MiniWeights(tmp_path).own_rewards)
 
     def test_damaged_ones_are_refused(self, folder, tmp_path):
         for name in (shipped.TENSORS, shipped.MANIFEST):
@@ -248,7 +249,7 @@ class TestTraining:
 
         monkeypatch.setattr(train, "fit", fit)
         monkeypatch.setattr(train, "accuracy_by_kind", lambda role, params: {"all": 0.5})
-        shipped.save_mini(tmp_path, {"vae": {"w": jnp.ones(3)}}, {"summary": "a VAE"})
+        shipped.add_to_mini(tmp_path, {"vae": {"w": jnp.ones(3)}}, {"summary": "a VAE"})
         argv = ["train-mini", "--out", str(tmp_path), "--only", "rewards", "--resume"]
         assert cli.main([*argv, "--steps", "reward_short=7,reward_long=5"]) == 0
         assert trained == [("reward_short", 7, tmp_path, True), ("reward_long", 5, tmp_path, True)]

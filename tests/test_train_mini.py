@@ -60,9 +60,11 @@ def test_a_resumed_run_makes_the_same_updates(tmp_path):
     whole = fit(line_task(40), tmp_path / "whole", seed=3, save_every=10)
     stopped = dataclasses.replace(line_task(40), batch=lambda step: line_task(40).batch(step) if step < 27 else 1 / 0)
     with pytest.raises(ZeroDivisionError):  # in step 27; what follows goes on from step 20
-        fit(stopped, tmp_path / "parts", seed=3, save_every=10)
-    parts = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True)
+        fit(stopped, tmp_path / "parts", seed=3, save_every=10, report_every=5)
+    parts = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, report_every=5, resume=True)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    lines = (tmp_path / "parts" / "line.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(5, 41, 5)), "what is made again is told once"
     said = []
     again = fit(line_task(40), tmp_path / "parts", seed=3, save_every=10, resume=True, report=said.append)
     jax.tree.map(np.testing.assert_array_equal, whole, again)
@@ -81,6 +83,17 @@ def test_a_signal_ends_a_training_after_its_step(tmp_path):
     said = []
     fit(line_task(40), tmp_path, seed=3, resume=True, report=said.append)
     assert said[0] == {"step": 7, "steps": 40}
+
+
+def test_a_signal_ends_a_training_whose_stage_is_done(tmp_path):
+    fit(line_task(2), tmp_path, seed=3)
+
+    def signalled():
+        signal.raise_signal(signal.SIGINT)
+        return line_task(2).init()
+
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        fit(dataclasses.replace(line_task(2), init=signalled), tmp_path, seed=3, resume=True, interrupts=interrupts)
 
 
 def test_checkpoints_are_not_overwritten_unasked(tmp_path):
@@ -132,29 +145,28 @@ def no_compilation_cache():
         yield
 
 
-def loss_before_and_after(task: Task, steps: int) -> tuple[float, float]:
-    """On one fixed batch and key."""
+def loss_before_and_after(task: Task) -> tuple[float, float]:
+    """A step at the full rate, on one fixed batch and key."""
+    task = dataclasses.replace(task, warmup=0)
     batch, key = task.batch(0), jax.random.key(0)
     value = jax.jit(lambda params: task.loss(params, batch, key)[0])
     state = init_train_state(task)
     before = float(value(state.params))
-    train_step = make_train_step(task, seed=0)
-    for _ in range(steps):
-        state, _ = train_step(state, batch)
+    state, _ = make_train_step(task, seed=0)(state, batch)
     return before, float(value(state.params))
 
 
 @pytest.mark.slow
 def test_a_step_of_the_vae_lowers_its_loss():
     task = vae_task("vae", SMALL, steps=100, batch=1, frames=5, crop=16)
-    before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
+    before, after = loss_before_and_after(task)
     assert after < before
 
 
 @pytest.mark.slow
 def test_a_step_of_the_decoder_alone_lowers_its_loss(vae):
     task = decoder_task(SMALL, vae, steps=100)
-    before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
+    before, after = loss_before_and_after(task)
     assert after < before
 
 
@@ -204,7 +216,7 @@ def test_other_looks_are_of_chunk_0(vae, sequences, monkeypatch):
 @pytest.mark.parametrize("data", ["first_chunks", "sequences"])
 def test_a_step_of_the_dit_lowers_its_loss(data, request):
     task = dit_task("dit", SMALL, StreamConfig(), [(request.getfixturevalue(data), 2)], steps=100, learning_rate=2e-3)
-    before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
+    before, after = loss_before_and_after(task)
     assert after < before
 
 
@@ -240,7 +252,7 @@ def test_a_resumed_network_makes_the_same_updates(first_chunks, tmp_path):
 @pytest.mark.parametrize("role", ["short", "long"])
 def test_a_step_of_a_reward_lowers_its_loss(role):
     task = reward_task(role, steps=100, groups=2)
-    before, after = loss_before_and_after(dataclasses.replace(task, warmup=1), steps=2)
+    before, after = loss_before_and_after(task)
     assert after < before
 
 
@@ -415,7 +427,7 @@ def test_recipe_names_are_checked():
 
 
 def test_saved_weights_come_back_and_are_verified(tmp_path, vae):
-    shipped.save_mini(tmp_path, {"vae": vae}, {"summary": "a test"})
+    shipped.add_to_mini(tmp_path, {"vae": vae}, {"summary": "a test"})
     abstract = network_graph(SMALL, "vae", jnp.float32)[1]
     loaded = shipped.load_mini(tmp_path, "vae", abstract)
     for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(vae), strict=True):
@@ -430,7 +442,7 @@ def test_saved_weights_come_back_and_are_verified(tmp_path, vae):
 
 
 def test_weights_are_sampled_at_the_shift_they_were_trained_at(tmp_path, vae):
-    shipped.save_mini(tmp_path, {"vae": vae}, {"summary": "a test"})
+    shipped.add_to_mini(tmp_path, {"vae": vae}, {"summary": "a test"})
     path = tmp_path / shipped.MANIFEST
     manifest = json.loads(path.read_text())
     assert MiniWeights(tmp_path).config == ModelConfig.mini()
@@ -449,7 +461,7 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
     abstract = {name: network_graph(SMALL, name, jnp.float32)[1] for name in ("dit", "text")}
     old = {name: random_params(network, seed=1) for name, network in abstract.items()}
     start, out = tmp_path / "start", tmp_path / "out"
-    shipped.save_mini(start, {"vae": vae, **old}, {"summary": "a test", "continued": [{"seed": 5}]})
+    shipped.add_to_mini(start, {"vae": vae, **old}, {"summary": "a test", "continued": [{"seed": 5}]})
     recipe = Recipe(
         first_chunks=4, sequences=2, chunks=2, dit_first=2, dit_first_batch=2, dit=2, dit_batch=2, vae=9, reward_long=9
     )
@@ -492,7 +504,7 @@ def with_shift(folder, shift: float) -> None:
 
 def test_the_shift_stays_that_of_the_dit(tmp_path, vae):
     old, new = tmp_path / "old", tmp_path / "new"
-    shipped.save_mini(old, {"dit": {"w": jnp.ones(2)}}, {"summary": "a test"})
+    shipped.add_to_mini(old, {"dit": {"w": jnp.ones(2)}}, {"summary": "a test"})
     with_shift(old, 3.0)
     shipped.add_to_mini(new, {"reward_short": {"w": jnp.ones(2)}}, {})  # before there is a DiT beside it
     shipped.add_to_mini(new, {"vae": vae}, {}, start=old)
@@ -506,7 +518,7 @@ def test_the_decoder_alone_goes_on_from_earlier_weights(tmp_path, vae, monkeypat
     abstract = {name: network_graph(SMALL, name, jnp.float32)[1] for name in ("vae", "dit", "text")}
     old = {"vae": vae} | {name: random_params(abstract[name], seed=1) for name in ("dit", "text")}
     start, out = tmp_path / "start", tmp_path / "out"
-    shipped.save_mini(start, old, {"summary": "a test"})
+    shipped.add_to_mini(start, old, {"summary": "a test"})
     with_shift(start, 3.0)
     continue_decoder(Run(out, Recipe(decoder=3), seed=3), start)
 

@@ -29,6 +29,7 @@ SAME_SCENE = ("elsewhere", "absent")  # mixed in from the same caption
 WRONG_WORD = ("colour", "shape", "size", "number", "swap", "background")
 IN_TIME = ("motion", "rate", "frozen", "change", "jump", "flicker")
 HARMS = ("blur", "noise", "blobs", "hole", "warp", "cast", "blink")
+# What stands twice is drawn twice as often.
 SHORT_KINDS = (*SAME_SCENE, *SAME_SCENE, *WRONG_WORD, *HARMS[:-1])
 LONG_KINDS = (*SAME_SCENE, *WRONG_WORD, *IN_TIME, *IN_TIME, "blur", "noise", "warp", "blink")
 

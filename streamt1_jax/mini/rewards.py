@@ -2,7 +2,7 @@
 
 - `mini_short` looks at single frames: is it a clean picture of what the caption says? `mini_long` looks at pairs of
   frames a quarter of a second apart, over the whole window: does it move as the caption says, and does it stay itself?
-  It is trained on runs of such pairs and on pairs up to 30 seconds apart.
+  It is trained on runs of such pairs and on pairs drawn from 30 seconds.
 - Both are trained on pairs, a good video of the world against a degraded one (`train_rewards.py`). They know nothing of
   the formulas in `checks.py`, and see nothing but pixels and the caption's tokens: they belong to no VAE or DiT.
 - Every word looks for itself in the picture (attention from the caption's rows to the picture's places); what is wrong

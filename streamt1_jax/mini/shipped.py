@@ -26,29 +26,16 @@ def is_mini(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-def save_mini(folder: Path, networks: dict[str, PyTree], origin: dict[str, Any]) -> None:
-    """Writes both files.
-
-    Args:
-        networks: parameters by the network's name.
-        origin: how they were made, for people; goes into the manifest as it is.
-
-    Raises:
-        WeightsError: a number too large for 16 bits.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, _stored(networks), ModelConfig.mini().timestep_shift, origin)
-
-
 def add_to_mini(
     folder: Path, networks: dict[str, PyTree], origin: dict[str, Any], *, start: Path | None = None
 ) -> None:
-    """Puts networks beside those that a folder holds, if any, in the place of earlier ones of their names.
+    """Writes both files; networks of other names that the folder holds stay beside these.
 
     The schedule's shift stays that of the DiT that is there.
 
     Args:
-        origin: goes into that of the manifest, key by key.
+        networks: parameters by the network's name.
+        origin: how they were made, for people; goes into that of the manifest, key by key.
         start: another such folder, for the networks that `folder` lacks.
 
     Raises:
@@ -112,7 +99,7 @@ def _verify(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `save_mini` wrote beside the tensors.
+    """What `add_to_mini` wrote beside the tensors.
 
     Raises:
         WeightsError: no manifest, or not a readable one, or one of another version.
@@ -151,10 +138,10 @@ def load_mini(folder: Path, network: str, abstract: PyTree) -> PyTree:
 
     manifest, path = _verify(folder), folder / TENSORS
     if network not in manifest["networks"]:
-        only = " --only rewards" if network.startswith("reward_") else ""
+        only, others = (" --only rewards", ", or name other --rewards") if network.startswith("reward_") else ("", "")
         raise WeightsError(
             f"{path} holds {', '.join(manifest['networks'])} and no {network}, expected it there; "
-            f"make it with: streamt1 train-mini --out DIR{only}"
+            f"make it with: streamt1 train-mini --out DIR{only}{others}"
         )
     names = [f"{network}/{name}" for name, _ in _named(abstract)]
     leaves, structure = jax.tree.flatten(abstract)

@@ -1,4 +1,4 @@
-"""`streamt1 train-mini`: the shipped weights from nothing, in stages that each resume where they were stopped.
+"""`streamt1 train-mini`: the embedded model from nothing, in stages that each resume where they were stopped.
 
 vae        short clips, on which shapes and colours are learned quickly
 vae_long   longer ones: a causal network sees more and more of the past as a video goes on
@@ -17,7 +17,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +33,7 @@ from streamt1_jax.errors import BadInputError
 from streamt1_jax.interrupts import Interrupts
 from streamt1_jax.mini import world
 from streamt1_jax.mini.sequences import BATCH, Sequences, encode_sequences, join
-from streamt1_jax.mini.shipped import add_to_mini, load_mini, read_manifest, save_mini
+from streamt1_jax.mini.shipped import add_to_mini, load_mini, read_manifest
 from streamt1_jax.mini.train_dit import dit_task
 from streamt1_jax.mini.train_rewards import accuracy_by_kind, reward_task
 from streamt1_jax.mini.train_vae import decoder_task, standardise, vae_task, with_decoder
@@ -118,6 +118,7 @@ class Run:
     resume: bool = False  # go on in a folder that has checkpoints
     report: Report | None = None  # called with a stage's name and its figures
     interrupts: Interrupts | None = None  # as in `fit`
+    commit: str | None = field(default_factory=lambda: _commit())  # read once: a training is of the code it began with
 
     def begin(
         self, *, keys: tuple[str, ...] = (), options: str = "", more: Mapping[str, Any] = MappingProxyType({})
@@ -140,7 +141,7 @@ class Run:
         record = {
             "summary": f"trained on the little world (seed {self.seed})",
             "command": f"streamt1 train-mini {options}--steps {steps} --seed {self.seed}",
-            "commit": _commit(),
+            "commit": self.commit,
             "seed": self.seed,
             "python": sys.version.split()[0],
             "jax": jax.__version__,
@@ -220,7 +221,7 @@ def train_mini(run: Run) -> None:
     vae = standardise(config, vae, _latents_of_the_world(config, vae))
     vae = with_decoder(vae, run.fit(decoder_task(config, vae, steps=recipe.decoder, seed=seed)))
     made = _train_dit(run, config, vae, None)
-    save_mini(run.out, {"vae": vae, **made}, origin)
+    add_to_mini(run.out, {"vae": vae, **made}, origin)
     train_rewards(dataclasses.replace(run, resume=True))
 
 

@@ -13,7 +13,7 @@ them. It is trained in its order, as it would be generated:
   videos it stays normal, and the network has one sharp answer.
 - *Imperfect estimates* (`first_chunk_inputs`). The sampler begins every level of chunk 0 from the estimate of the one
   before, which is less than true. At the second level it is of no use, as the noise is drawn anew: there training
-  begins from one of unrelated noise. At the lower levels training begins, half of the time, from the true scene with
+  begins from one of unrelated noise. At the lower levels training begins, more often than not, from the true scene with
   things of other looks mixed in: places are to be taken from the estimate, looks from the caption. The network's own
   estimates do not serve there: what they have lost cannot be known, so a regression leaves it out. Later chunks, which
   have the cache to go by, begin every level from the truth.

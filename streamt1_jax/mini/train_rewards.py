@@ -40,7 +40,7 @@ SPREAD = 480  # frames, 30 seconds, over which their pairs are spread
 CENTRING = 1e-3  # of the mean square score: a preference leaves the zero point open
 
 
-class Clips(NamedTuple):
+class ClipSettings(NamedTuple):
     """The videos that a reward is trained on."""
 
     kinds: tuple[str, ...]
@@ -50,9 +50,9 @@ class Clips(NamedTuple):
     groups: int  # in a batch
 
 
-CLIPS: dict[Role, Clips] = {
-    "short": Clips(SHORT_KINDS, frames=1, stride=1, step=1, groups=16),
-    "long": Clips(LONG_KINDS, frames=8, stride=LONG_STRIDE, step=LONG_STEP, groups=8),
+CLIPS: dict[Role, ClipSettings] = {
+    "short": ClipSettings(SHORT_KINDS, frames=1, stride=1, step=1, groups=16),
+    "long": ClipSettings(LONG_KINDS, frames=8, stride=LONG_STRIDE, step=LONG_STEP, groups=8),
 }
 
 
@@ -60,13 +60,13 @@ class Preferences(NamedTuple):
     """A batch. Leading axis n."""
 
     videos: Float[Array, "n m k h w 3"]  # in [-1, 1]; the good one first
-    kind: Int[HostOrDevice, "n bad"]  # index into the kinds of `Clips`
+    kind: Int[HostOrDevice, "n bad"]  # index into the kinds of `ClipSettings`
     pairs: Bool[HostOrDevice, "n t"]  # which frames, or pairs of frames, count
     tokens: Int[HostOrDevice, "n P"]
     mask: Int[HostOrDevice, "n P"]
 
 
-def draw_window(clips: Clips, seed: int) -> Window:
+def draw_window(clips: ClipSettings, seed: int) -> Window:
     """A run of frames, of several lengths from that of the first chunk on; or pairs with long gaps between them: what
     fades slowly shows in nothing shorter."""
     rng, count = np.random.default_rng((seed, 8)), clips.frames
@@ -79,7 +79,7 @@ def draw_window(clips: Clips, seed: int) -> Window:
 
 
 def draw_preferences(
-    clips: Clips, tokenizer: Tokenizer, numbers: list[int], scene_of: Callable[[int], world.Scene], key: Array
+    clips: ClipSettings, tokenizer: Tokenizer, numbers: list[int], scene_of: Callable[[int], world.Scene], key: Array
 ) -> Preferences:
     """Groups of the scenes with these numbers; `key` is for what is done to pixels."""
     groups, pairs, prompts = [], [], []

@@ -158,6 +158,8 @@ def fit(
             raise BadInputError(f"{folder / task.name} holds checkpoints already; pass --resume, or another folder")
         if newest is not None:
             state = manager.restore(newest, args=ocp.args.StandardRestore(state))
+        log = folder / f"{task.name}.jsonl"
+        _cut_log(log, int(state.step))
         if report is not None:  # before the first step compiles, which takes minutes
             report({"step": int(state.step), "steps": task.steps})
         train_step = make_train_step(task, seed)
@@ -174,8 +176,8 @@ def fit(
                         "with another seed"
                     )
                 line = {"step": index + 1, "steps": task.steps, "seconds": time.monotonic() - started} | line
-                with (folder / f"{task.name}.jsonl").open("a") as log:
-                    log.write(json.dumps(line) + "\n")
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
                 if report is not None:
                     report(line)
                 sums, count = {}, 0
@@ -183,5 +185,15 @@ def fit(
             if stop or (index + 1) % save_every == 0 or index + 1 == task.steps:
                 manager.save(index + 1, args=ocp.args.StandardSave(state))
             if stop:
-                raise KeyboardInterrupt
+                break
+        if interrupts is not None and interrupts.requested:  # be it while a finished stage was restored
+            raise KeyboardInterrupt
         return state.ema
+
+
+def _cut_log(log: Path, step: int) -> None:
+    """Takes away the lines of steps that are made again: those after the checkpoint, which a kill has left behind."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if whole != lines:
+        log.write_text("".join(whole), encoding="utf-8")
