@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--frames", type=int, default=81, help="12k - 3")
     parser.add_argument("--seed", type=int, default=42, help="of where things start")
+    parser.add_argument("--captions-seed", type=int, default=world.CAPTIONS_SEED)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
 
@@ -42,7 +43,7 @@ def main() -> None:
         vae, video = nnx.merge(graph, params), world.render(placed, jnp.arange(args.frames))
         return (video + 1) / 2, vae.decoder.decode(vae.encoder.encode(video))
 
-    scenes = world.held_out_scenes(args.prompts)
+    scenes = world.held_out_scenes(args.prompts, args.captions_seed)
     found: dict[str, dict[str, list[float]]] = {
         way: collections.defaultdict(list) for way in ("as it is", "through the VAE")
     }
@@ -63,7 +64,7 @@ def main() -> None:
         for way, of in ways.items():
             print(f"| {kind} | {of['captions']} | {way} | {of['mean']:.3f} | {of['shape']:.3f} |")
     weights = shipped.read_manifest(shipped.FOLDER)["sha256"]
-    asked = {"prompts": args.prompts, "frames": args.frames, "seed": args.seed}
+    asked = {key: getattr(args, key) for key in ("prompts", "frames", "seed", "captions_seed")}
     write_report(args.json, {"machine": machine(), "weights": weights, **asked, "kinds": table})
 
 

@@ -18,7 +18,7 @@ from streamt1_jax import SearchConfig, StreamT1Pipeline
 from streamt1_jax.compare import SEED_STEP, check_mini
 from streamt1_jax.compare_stats import interval
 from streamt1_jax.measure import machine
-from streamt1_jax.mini.world import held_out_scenes
+from streamt1_jax.mini.world import CAPTIONS_SEED, held_out_scenes
 
 REWARDS = ("short", "long")
 
@@ -58,13 +58,14 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--captions-seed", type=int, default=CAPTIONS_SEED)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
 
     pipe = StreamT1Pipeline.from_pretrained("mini")
     prompts = [
         [measure(pipe, scene.caption(), args.seconds, args.seed + index * SEED_STEP + n) for n in range(args.videos)]
-        for index, scene in enumerate(held_out_scenes(args.prompts))
+        for index, scene in enumerate(held_out_scenes(args.prompts, args.captions_seed))
     ]
     found = summary(prompts)
     print("| check | by chance | by short | by long | best | rank correlation of short | of long |\n|" + "---|" * 7)
@@ -75,7 +76,7 @@ def main() -> None:
             "" if order is None else f"{order['mean']:+.2f}" for order in orders
         ]
         print(f"| {name} | {' | '.join(cells)} |")
-    settings = {key: getattr(args, key) for key in ("prompts", "videos", "seconds", "seed")}
+    settings = {key: getattr(args, key) for key in ("prompts", "videos", "seconds", "seed", "captions_seed")}
     weights = pipe.weights.describe()
     write_report(
         args.json,

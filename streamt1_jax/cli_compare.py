@@ -131,15 +131,15 @@ def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
             )
         return tuple(prompts)
     from streamt1_jax.mini.shipped import is_mini
-    from streamt1_jax.mini.world import held_out_scenes
+    from streamt1_jax.mini.world import CAPTIONS_SEED, held_out_scenes
 
     if args.checkpoint != "mini" and not is_mini(args.checkpoint):
         raise BadInputError(
             f"--checkpoint {args.checkpoint} came without --prompts-file, expected one: only the embedded model has "
             "captions of its own"
         )
-    seeds = {} if args.captions_seed is None else {"seed": args.captions_seed}
-    scenes = held_out_scenes(args.prompts or DEFAULT_PROMPTS, **seeds)
+    seed = CAPTIONS_SEED if args.captions_seed is None else args.captions_seed
+    scenes = held_out_scenes(args.prompts or DEFAULT_PROMPTS, seed)
     return tuple(scene.caption() for scene in scenes)
 
 

@@ -63,8 +63,8 @@ class Checks:
     """Its colour in the last two seconds against the first two: 0 from 40 levels apart; multiplied by the share of the
     last two seconds in which it is there."""
     size_kept: float
-    """Its radius in the last two seconds against the first two: 0 where it grew or shrank by 40 %. For what grows and
-    shrinks: the trend of its radius."""
+    """Its radius in the last two seconds against the first two: 0 where it grew by 41 % or shrank by 29 %, half an
+    octave. For what grows and shrinks: the trend of its radius."""
     number: float
     """The mean over frames of one minus (how many things too few or too many, of whatever colour) / things."""
     steadiness: float

@@ -54,6 +54,7 @@ GROWTH = 0.35  # the radius changes by this share, up and down
 GROWTH_PERIOD = 64  # frames
 EDGE = 16  # pixels; no centre starts closer to the border
 LAST_FRAME = 2000  # clips for training start anywhere before it
+CAPTIONS_SEED = 1_000_000  # of the held-out captions that are taken where no other is named
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ def background_picture(name: str) -> Int[np.ndarray, "H W 3"]:
     return pictures[name]
 
 
-def held_out_scenes(count: int, seed: int = 1_000_000) -> list[Scene]:
+def held_out_scenes(count: int, seed: int = CAPTIONS_SEED) -> list[Scene]:
     """Scenes with different captions for checking the model, whose first thing is held out of training.
 
     More of one seed begin with fewer of it.
