@@ -19,9 +19,9 @@ from streamt1_jax.errors import BadInputError, TrainingError, WeightsError
 from streamt1_jax.interrupts import Interrupts
 from streamt1_jax.measure import compilation_cache
 from streamt1_jax.mini import shipped, train, train_dit, train_vae, world
-from streamt1_jax.mini.sequences import BATCH, Sequences, encode_sequences, join
+from streamt1_jax.mini.sequences import BATCH, Sequences, clauses_of_tokens, encode_sequences, join
 from streamt1_jax.mini.train import Recipe, Run, continue_decoder, continue_dit
-from streamt1_jax.mini.train_dit import coupled_noise, dit_task
+from streamt1_jax.mini.train_dit import clause_loss, coupled_noise, dit_task
 from streamt1_jax.mini.train_rewards import reward_task
 from streamt1_jax.mini.train_vae import decoder_task, standardise, vae_task
 from streamt1_jax.mini.training import Task, fit, init_train_state, make_train_step
@@ -210,6 +210,29 @@ def test_other_looks_are_of_chunk_0(vae, sequences, monkeypatch):
     same = join(encode_sequences(SMALL, vae, tokenizer, count=3, chunks=1, seed=0, batch=2))
     np.testing.assert_allclose(same.other_looks, same.latents[:, 0], atol=1e-4)
     assert np.abs(sequences.other_looks - same.other_looks).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("caption", "sizes"),
+    [
+        ("a red circle grows and shrinks", (6, 0)),
+        ("a red circle grows and shrinks and a blue square spins on a gray background", (6, 5)),
+        ("a blue square spins on a gray background", (4, 0)),
+    ],
+)
+def test_every_token_knows_its_clause(caption, sizes):
+    tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=32, vocab_size=1024)
+    clauses = clauses_of_tokens(tokenizer, world.parse_caption(caption))
+    first, second = sizes
+    np.testing.assert_array_equal(clauses, [0] * first + [1] * second + [2] * (32 - first - second))
+
+
+def test_the_clause_loss_is_of_the_captions_tokens_alone():
+    clauses, mask = jnp.array([0, 1, 2, 0]), jnp.array([1, 1, 1, 0])
+    np.testing.assert_allclose(clause_loss(jnp.zeros((4, 3)), clauses, mask), np.log(3), rtol=1e-6)
+    sure = 30 * jax.nn.one_hot(jnp.array([0, 1, 2, 1]), 3)  # wrong in the padding
+    np.testing.assert_allclose(clause_loss(sure, clauses, mask), 0, atol=1e-6)
+    np.testing.assert_allclose(clause_loss(-sure, clauses, mask), 30 + np.log(2), rtol=1e-6)
 
 
 @pytest.mark.slow

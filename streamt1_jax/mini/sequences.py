@@ -1,6 +1,7 @@
 """Videos of the little world as the DiT is trained on them: encoded, cut into chunks, with their captions' tokens."""
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ CHUNK = 3  # latent frames
 FIRST_PIXELS, CHUNK_PIXELS = 9, 12  # pixel frames of chunk 0 and of every other
 LATE_CHUNKS = (4, 60)  # where the run of every other batch begins, 3 to 45 seconds on; that of the rest, with chunk 1
 SEED_STEP = 1_000_000  # scenes from one seed to the next
+CLAUSES = 3  # of a caption: see `clauses_of_tokens`
 BATCH = 8  # scenes encoded at once
 LATE_PIXELS = 33  # frames before a late run that bring the encoder to the state it has in a long video
 
@@ -34,6 +36,7 @@ class Sequences(NamedTuple):
     other_looks: Float[HostOrDevice, "n f C h w"]  # chunk 0, if things looked otherwise
     tokens: Int[HostOrDevice, "n P"]
     mask: Int[HostOrDevice, "n P"]
+    clauses: Int[HostOrDevice, "n P"]  # whose each token is, as of `clauses_of_tokens`
 
 
 def encode_sequences(
@@ -74,8 +77,16 @@ def encode_sequences(
             other_looks=np.asarray(encode_first(vae, _place(others, openings))),
             tokens=np.stack([prompt.ids for prompt in prompts]),
             mask=np.stack([prompt.mask for prompt in prompts]),
+            clauses=np.stack([clauses_of_tokens(tokenizer, scene) for scene in scenes]),
         )
         yield Sequences(*(leaf[: count - begin] for leaf in made))
+
+
+def clauses_of_tokens(tokenizer: Tokenizer, scene: world.Scene) -> Int[np.ndarray, "P"]:
+    """Whose each token of a caption is: 0 the first thing's, 1 the second's, 2 the rest (EOS and padding too)."""
+    so_far = itertools.accumulate(scene.clauses()[:2])
+    ends = [np.sum(tokenizer(text).mask) - 1 for text in so_far]  # without the EOS
+    return np.searchsorted(ends, np.arange(tokenizer.text_len), side="right").astype(np.int32)
 
 
 def join(parts: Iterable[Sequences]) -> Sequences:

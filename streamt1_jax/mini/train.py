@@ -51,7 +51,7 @@ REWARD_KEYS = ("reward_short", "reward_long")
 ONLY_REWARDS = "--only rewards "  # the option that trains them alone
 ENCODED_PART = 50 * BATCH  # scenes in a file of an encoded set
 # Learning rates of dit_first and dit. High ones learn sooner from nothing, and unlearn what trained weights know.
-RATES_FROM_NOTHING = (6e-3, 3e-3)
+RATES_FROM_NOTHING = (4e-3, 2e-3)
 RATES_GOING_ON = (2e-3, 1e-3)
 FIRSTS_A_SEQUENCE = 2  # first chunks in a batch beside each of its sequences
 
@@ -278,7 +278,8 @@ def _train_dit(run: Run, config: ModelConfig, vae: PyTree, start: PyTree | None)
     data = run.encode(config, vae, recipe.sequences, recipe.chunks)
     # First chunks beside them and a lower rate: few sequences alone unlearn what many first chunks have taught.
     sets = [(data, recipe.dit_batch), (first, FIRSTS_A_SEQUENCE * recipe.dit_batch)]
-    return run.fit(dit("dit", sets=sets, start=made, steps=recipe.dit, learning_rate=rates[1]))
+    made = run.fit(dit("dit", sets=sets, start=made, steps=recipe.dit, learning_rate=rates[1]))
+    return {name: made[name] for name in ("dit", "text")}  # without what training alone needs
 
 
 def train_rewards(run: Run) -> None:

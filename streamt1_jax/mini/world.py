@@ -103,8 +103,13 @@ class Scene:
 
     def caption(self) -> str:
         """The one sentence of the grammar that says this scene."""
+        return "".join(self.clauses())
+
+    def clauses(self) -> tuple[str, str, str]:
+        """The caption in parts: of the first thing, of the second, of the background; the last two may be empty."""
+        first, *second = (thing.caption() for thing in self.things)
         behind = "" if self.background == "black" else f" on a {self.background} background"
-        return " and ".join(thing.caption() for thing in self.things) + behind
+        return first, "".join(f" and {caption}" for caption in second), behind
 
 
 def random_scene(seed: int) -> Scene:
