@@ -118,9 +118,7 @@ def dit_task(
         head = {"clause_head": jnp.zeros((config.text.dim, CLAUSES))}
         return jax.tree.map(jnp.copy, head | (_random_start(config, seed) if start is None else start))
 
-    def one(
-        params: PyTree, example: Sequences, key: Array
-    ) -> tuple[Float[Array, " c"], Float[Array, " c"], Float[Array, ""]]:
+    def one(params: PyTree, example: Sequences, key: Array) -> tuple[Float[Array, " c"], Float[Array, " c"], Scalar]:
         """`sequence_losses` and `clause_loss` by these parameters."""
         dit = nnx.merge(dit_graph, params["dit"])
         dit.unroll = config.dit.num_layers  # its gradient need not gather what every turn of a loop has kept
