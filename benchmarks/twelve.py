@@ -10,9 +10,11 @@ import argparse
 
 import numpy as np
 from PIL import Image, ImageDraw
+from race import write_report
 
 from streamt1_jax import SearchConfig, StreamT1Pipeline
 from streamt1_jax.compare import check_mini
+from streamt1_jax.measure import machine
 
 PROMPTS = (
     "a red circle moves right",
@@ -49,19 +51,23 @@ def main() -> None:
     parser.add_argument("--one-candidate", action="store_true", help="instead of the search")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", required=True, metavar="PNG")
+    parser.add_argument("--json", metavar="FILE", help="the checks of every prompt, and the machine")
     args = parser.parse_args()
 
     pipe = StreamT1Pipeline.from_pretrained("mini")
     search = SearchConfig.longlive() if args.one_candidate else SearchConfig()
-    rows, means = [], []
+    rows, found = [], {}
     for prompt in PROMPTS:
         frames = pipe(prompt, seconds=args.seconds, seed=args.seed, search=search).frames
         checks = check_mini(frames, prompt)
         assert checks is not None, prompt
         print(f"{checks['mean']:.3f}  {prompt}", flush=True)
-        means.append(checks["mean"])
+        found[prompt] = checks
         rows.append(row(frames, prompt, args.every))
-    print(f"{np.mean(means):.3f}  mean")
+    mean = float(np.mean([checks["mean"] for checks in found.values()]))
+    print(f"{mean:.3f}  mean")
+    about = {"machine": machine(), "weights": pipe.weights.describe(), "seconds": args.seconds, "seed": args.seed}
+    write_report(args.json, about | {"one_candidate": args.one_candidate, "mean": mean, "checks": found})
     Image.fromarray(np.concatenate(rows)).save(args.out, optimize=True)
 
 

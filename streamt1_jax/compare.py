@@ -8,8 +8,6 @@
 """
 
 import dataclasses
-import hashlib
-import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -17,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
@@ -28,15 +25,14 @@ from streamt1_jax.config import MAX_SEED, RunConfig
 from streamt1_jax.contact_sheet import save_contact_sheet
 from streamt1_jax.errors import BadInputError
 from streamt1_jax.manifest import file_sha256
-from streamt1_jax.measure import compilations
-from streamt1_jax.mini import checks, shapes, tracking, world
+from streamt1_jax.measure import compilations, machine
 from streamt1_jax.mini.checks import check_video
 from streamt1_jax.mini.world import HEIGHT, WIDTH, Scene, parse_caption
 from streamt1_jax.outputs import make_folder
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.result import Output
 from streamt1_jax.rewards import Reward
-from streamt1_jax.run_info import environment
+from streamt1_jax.run_info import code_sha256, environment
 from streamt1_jax.settings import GenerateConfig
 from streamt1_jax.stream import score_video
 from streamt1_jax.video import write_mp4
@@ -108,12 +104,6 @@ def compare(
     return results
 
 
-def _sources_of_checks() -> str:
-    """A hash of the code that says what a check is worth: results of two versions are no table."""
-    sources = map(inspect.getsource, (checks, tracking, shapes, world))
-    return hashlib.sha256("".join(sources).encode()).hexdigest()
-
-
 def _sources_of_rewards(rewards: tuple[Reward, ...]) -> dict[str, str]:
     """Hashes of the modules that rewards of the user's own, `package.module:Name`, came from."""
     modules = {each.name: sys.modules.get(each.name.partition(":")[0]) for each in rewards if ":" in each.name}
@@ -167,7 +157,7 @@ class _Runner:
 
     def settings(self) -> dict[str, Any]:
         """All that a result depends on beside method, budget and prompt."""
-        asked, device = self.plan.generate, jax.devices()[0]
+        asked, ours = self.plan.generate, machine()
         return {
             "weights": self.pipe.weights.describe(),
             "dtype": jnp.dtype(self.pipe.dtype).name,
@@ -176,14 +166,16 @@ class _Runner:
             "rewards": {"short": self.rewards[0].name, "long": self.rewards[1].name},
             **{f"reward model {each.name}": dict(each.about) for each in self.rewards if each.about},
             **{f"code of {name}": sha256 for name, sha256 in _sources_of_rewards(self.rewards).items()},
-            "checks": self.checker is not None and _sources_of_checks(),
-            "device": {"platform": device.platform, "kind": device.device_kind},  # times are compared too
+            "checks": self.checker is not None,
+            # Times are compared too.
+            "machine": {key: ours[key] for key in ("device", "platform", "processor", "cpus")},
+            "code": code_sha256(),
             "versions": environment()["versions"],
         }
 
     def pictures(self, entry: Entry, index: int) -> list[Path]:
         """Files that belong to a result: its contact sheet and its video, where asked for."""
-        name = file_name(entry.method.name, entry.budget, index)
+        name = file_name(entry.method.name, entry.budget, index, self.plan.prompts[index])
         sheet, video = self.folder / "sheets" / f"{name}.png", self.folder / "videos" / f"{name}.mp4"
         return [sheet] * (index < self.plan.sheets) + [video] * self.plan.keep_videos
 

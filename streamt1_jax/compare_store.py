@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streamt1_jax.errors import BadInputError
-from streamt1_jax.outputs import SOFTWARE, make_folder, write_json
+from streamt1_jax.outputs import SOFTWARE, make_folder, short_hash, write_json
 
 SETTINGS, RESULTS = "settings.json", "results.jsonl"
 
@@ -63,8 +63,9 @@ class Result:
         return cls(**{**data, "scores": _with_nan(data["scores"]), "parts": parts, "final_scores": finals})
 
 
-def file_name(method: str, budget: int, prompt_index: int) -> str:
-    return f"{prompt_index:03d}-{method}-{budget}"
+def file_name(method: str, budget: int, prompt_index: int, prompt: str) -> str:
+    """Of a result's sheet and video. Another prompt may have had this number before, so its hash is in the name."""
+    return f"{prompt_index:03d}-{method}-{budget}-{short_hash(prompt)}"
 
 
 def _without_nan(data: Any) -> Any:

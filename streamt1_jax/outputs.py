@@ -100,13 +100,15 @@ def folder_outputs(
     if exists and not os.path.isdir(folder):
         raise BadInputError(f"the output {str(folder)!r} is no folder, expected one for many prompts: name another")
     _check_folder(folder if exists else folder.parent)
-    names = (
-        f"{index:04d}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}.mp4" for index, prompt in enumerate(prompts)
-    )
-    outputs = [RunPaths(folder / name) for name in names]
+    outputs = [RunPaths(folder / f"{index:04d}-{short_hash(prompt)}.mp4") for index, prompt in enumerate(prompts)]
     for paths in outputs:
         _check_files(paths, overwrite, replaceable)
     return outputs
+
+
+def short_hash(prompt: str) -> str:
+    """Of a prompt, for the name of a file."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:8]
 
 
 def json_output(out: str | Path, *, overwrite: bool = False) -> Path:

@@ -1,9 +1,12 @@
 """What made a run, as plain data: what was asked for, the weights, the machine. Two runs that agree in it make the
 same video to the bit."""
 
+import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from streamt1_jax import __version__
@@ -47,6 +50,15 @@ def differences(saved: dict[str, Any], ours: dict[str, Any], prefix: str = "") -
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@functools.cache
+def code_sha256() -> str:
+    """A hash of the package's source files with their names: results of two versions of it are no table."""
+    package, found = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(f"{path.relative_to(package).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def environment() -> dict[str, Any]:

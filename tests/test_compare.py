@@ -17,7 +17,7 @@ from PIL import Image
 from small import SmallWeights
 
 import streamt1_jax
-from streamt1_jax import cli, compare_report
+from streamt1_jax import cli, compare_report, run_info
 from streamt1_jax.compare import Plan, check_mini, checkable_scene, compare, mini_checker, split_video
 from streamt1_jax.compare_methods import METHODS, entries_of
 from streamt1_jax.compare_report import comparison_table, save_drift_plot, save_quality_plot
@@ -26,11 +26,14 @@ from streamt1_jax.compare_store import Part, Result, ResultStore
 from streamt1_jax.config import MAX_SEED, RunConfig, SearchConfig
 from streamt1_jax.contact_sheet import save_contact_sheet
 from streamt1_jax.errors import BadInputError
+from streamt1_jax.measure import machine
 from streamt1_jax.mini import shipped, world
+from streamt1_jax.outputs import short_hash
 from streamt1_jax.pipeline import StreamT1Pipeline
 from streamt1_jax.result import Output
 from streamt1_jax.rewards import OK, PromptTable, Reward, Verdict
 from streamt1_jax.rewards.registry import load_reward
+from streamt1_jax.run_info import code_sha256
 from streamt1_jax.settings import GenerateConfig
 from streamt1_jax.video import read_video
 
@@ -238,11 +241,41 @@ def test_a_comparison_grows(tmp_path):
     assert len([prompt for prompt, *_ in pipe.calls if prompt == PROMPTS[0]]) == 2 + 1 + 1, "a budget of 2 alone"
 
 
-def test_another_prompt_is_another_result(tmp_path):
-    compare_fakes(tmp_path, plan_of(("longlive",)))
+def test_another_prompt_is_another_result_with_another_sheet(tmp_path):
+    compare_fakes(tmp_path, plan_of(("longlive",), sheets=1))
+    sheets = {path: path.read_bytes() for path in (tmp_path / "sheets").iterdir()}
     pipe = FakePipeline()
-    compare_fakes(tmp_path, plan_of(("longlive",), prompts=("a third one", PROMPTS[1])), pipe, resume=True)
+    other = plan_of(("longlive",), prompts=("a third one", PROMPTS[1]), sheets=1)
+    compare_fakes(tmp_path, other, pipe, resume=True)
     assert [prompt for prompt, *_ in pipe.calls] == ["a third one"]
+    compare_fakes(tmp_path, plan_of(("longlive",), sheets=1), pipe, resume=True)
+    assert len(pipe.calls) == 1, "the first prompt's is there still"
+    assert len(list((tmp_path / "sheets").iterdir())) == 2
+    assert all(path.read_bytes() == data for path, data in sheets.items())
+
+
+@pytest.mark.parametrize("changed", ["code_sha256", "machine"])
+def test_results_of_other_code_or_another_machine_are_not_mixed(tmp_path, monkeypatch, changed):
+    plan = plan_of(("longlive",))
+    compare_fakes(tmp_path, plan)
+    other = {"code_sha256": "1234", "machine": machine() | {"cpus": 1234}}
+    monkeypatch.setattr(f"streamt1_jax.compare.{changed}", lambda: other[changed])
+    with pytest.raises(BadInputError, match="made with another " + changed.removesuffix("_sha256")):
+        compare_fakes(tmp_path, plan, resume=True)
+
+
+def test_any_change_of_a_source_file_is_another_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_info, "__file__", str(tmp_path / "run_info.py"))
+    (tmp_path / "mini").mkdir()
+    module = tmp_path / "mini" / "checks.py"
+    module.write_text("a = 1")
+    found = [code_sha256.__wrapped__() for _ in range(2)]
+    module.write_text("a = 2")
+    found.append(code_sha256.__wrapped__())
+    module.rename(tmp_path / "checks.py")
+    found.append(code_sha256.__wrapped__())
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 def test_results_are_not_mixed_or_overwritten(tmp_path):
@@ -289,9 +322,11 @@ def test_sheets_and_videos_are_kept_where_asked_for(tmp_path):
     plan = plan_of(("longlive", "best_of_n"), (2,), sheets=1, keep_videos=True)
     compare_fakes(tmp_path, plan, resume=True)  # what was made without them is made again
     sheets, videos = ({path.name for path in (tmp_path / name).iterdir()} for name in ("sheets", "videos"))
-    assert sheets == {"000-longlive-1.png", "000-best_of_n-2.png"}
-    assert videos == {f"00{i}-{name}.mp4" for i in range(2) for name in ("longlive-1", "best_of_n-2")}
-    frames, rate = read_video(tmp_path / "videos" / "000-best_of_n-2.mp4")
+    first, second = map(short_hash, PROMPTS)
+    assert sheets == {f"000-longlive-1-{first}.png", f"000-best_of_n-2-{first}.png"}
+    numbered = (("000", first), ("001", second))
+    assert videos == {f"{i}-{name}-{of}.mp4" for i, of in numbered for name in ("longlive-1", "best_of_n-2")}
+    frames, rate = read_video(tmp_path / "videos" / f"000-best_of_n-2-{first}.mp4")
     assert (len(frames), rate) == (28, 16)
     assert abs(int(np.median(frames)) - 43) <= 2, "the video of the better seed"
 
@@ -340,10 +375,17 @@ def test_the_checks_of_the_world_are_all_reported():
 @pytest.mark.slow
 def test_the_command_checks_the_embedded_models_videos(tmp_path, capsys):
     argv = ["compare", "--methods", "longlive", "--prompts", "1", "--frames", "9", "--out", str(tmp_path / "out")]
-    assert cli.main(argv) == 0
+    assert cli.main([*argv, "--keep-videos"]) == 0
     assert "check.shape" in capsys.readouterr().out
-    (line,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    assert 0 < json.loads(line)["scores"]["check.mean"] <= 1
+    (line,) = lines(tmp_path / "out")
+    (path,) = (tmp_path / "out" / "videos").iterdir()
+    told = check_mini(read_video(path)[0], line["prompt"])
+    assert told is not None
+    for name in ("colour", "number", "background"):  # which compression hardly changes
+        assert_close(name, line["scores"][f"check.{name}"], told[name], 0.05)
+    empty = check_mini(np.full((9, 80, 128, 3), 12, np.uint8), line["prompt"])
+    assert empty is not None
+    assert line["scores"]["check.mean"] > empty["mean"] + 0.2
 
 
 # Statistics

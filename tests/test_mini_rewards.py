@@ -392,5 +392,17 @@ def test_their_tokenizer_is_that_of_the_embedded_model():
 
 
 def test_the_longest_caption_fits():
-    count = rewards.caption_tokenizer()
-    assert max(count(world.random_scene(seed).caption()).num_tokens for seed in range(500)) <= rewards.TOKENS
+    tokenizer = rewards.caption_tokenizer()
+    assert max(tokenizer(world.random_scene(seed).caption()).num_tokens for seed in range(500)) <= tokenizer.text_len
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_last_words_of_a_long_prompt_count(role):
+    videos, num_frames = jnp.full((1, 9, 80, 128, 3), 100, jnp.uint8), jnp.array([9])
+    long = "a red circle moves right on a gray background and " * 4
+    prompts = [rewards.read_prompt(long + end) for end in ("a blue star spins", "a green ring bounces")]
+    told = [np.flatnonzero(prompt.mask).size for prompt in prompts]
+    assert min(told) > 40
+    assert max(told) < rewards.caption_tokenizer().text_len
+    scores = [float(jitted(role)(videos, num_frames, prompt).scores[0]) for prompt in prompts]
+    assert abs(scores[0] - scores[1]) > 1e-3

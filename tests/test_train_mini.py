@@ -126,6 +126,27 @@ def test_stages_of_a_run_draw_other_scenes(vae):
     assert len(tokens) == 4
 
 
+@pytest.mark.slow
+def test_no_stage_sees_what_is_held_out(vae, monkeypatch):
+    """Of the scenes that each draws, one in eight would hold such a thing."""
+    shown, place = [], world.place
+    monkeypatch.setattr(world, "place", lambda scene, openings: shown.append(scene) or place(scene, openings))
+    tasks = [
+        vae_task("vae", SMALL, steps=9, batch=8, frames=5, crop=16),
+        decoder_task(SMALL, vae, steps=9),
+        *(reward_task(role, steps=9, groups=2) for role in ("short", "long")),
+    ]
+    for task in tasks:
+        drawn = len(shown)
+        while len(shown) < drawn + 60:
+            task.batch(len(shown))
+    tokenizer = Tokenizer(MiniWeights.tokenizer, text_len=32, vocab_size=1024)
+    join(encode_sequences(SMALL, vae, tokenizer, count=60, chunks=1, seed=0, batch=20))
+    train._latents_of_the_world(SMALL, vae)
+    assert len(shown) > 5 * 60
+    assert not any(map(world.is_held_out, shown))
+
+
 def test_stages_of_a_run_draw_other_numbers():
     def noise(name: str, seed: int) -> float:
         task = dataclasses.replace(
@@ -488,7 +509,12 @@ def test_training_goes_on_from_earlier_weights(tmp_path, vae, monkeypatch):
     recipe = Recipe(
         first_chunks=4, sequences=2, chunks=2, dit_first=2, dit_first_batch=2, dit=2, dit_batch=2, vae=9, reward_long=9
     )
+    rates, fit_stage = [], train.fit
+    monkeypatch.setattr(
+        train, "fit", lambda task, *args, **kwargs: rates.append(task.learning_rate) or fit_stage(task, *args, **kwargs)
+    )
     continue_dit(Run(out, recipe, seed=3), start)
+    assert tuple(rates) == train.RATES_GOING_ON
 
     before, after = shipped.read_manifest(start), shipped.read_manifest(out)
     first, record = after["origin"]["continued"]
@@ -577,7 +603,7 @@ def test_the_whole_recipe_fits_together(tmp_path, monkeypatch, capsys):
     """All stages in their order, each traced on its first batch in the place of being trained; stopped and resumed."""
     monkeypatch.setattr(ModelConfig, "mini", classmethod(lambda cls: SMALL))
     monkeypatch.setattr(train, "accuracy_by_kind", lambda role, params: {"all": 0.5})
-    made, stop_at = [], ["dit"]
+    made, rates, stop_at = [], {}, ["dit"]
 
     def fit(task, folder, **options):
         if task.name in stop_at:
@@ -585,6 +611,7 @@ def test_the_whole_recipe_fits_together(tmp_path, monkeypatch, capsys):
         loss, _ = jax.eval_shape(task.loss, task.init(), task.batch(0), jax.random.key(0))
         assert loss.shape == ()
         made.append((task.name, task.steps, options["resume"]))
+        rates[task.name] = task.learning_rate
         return task.init()
 
     monkeypatch.setattr(train, "fit", fit)
@@ -607,6 +634,7 @@ def test_the_whole_recipe_fits_together(tmp_path, monkeypatch, capsys):
     rewards = [("reward_short", 2, True), ("reward_long", 5, True)]
     vae = [(name, 2, True) for name in ("vae", "vae_long", "vae_stream")]
     assert made == [*vae, ("decoder", 6, True), ("dit_first", 3, True), ("dit", 4, True), *rewards]
+    assert (rates["dit_first"], rates["dit"]) == train.RATES_FROM_NOTHING
     manifest = shipped.read_manifest(tmp_path)
     assert set(manifest["networks"]) == {"vae", "dit", "text", "reward_short", "reward_long"}
     assert manifest["origin"]["command"] == f"streamt1 train-mini --steps {steps} --seed 7"

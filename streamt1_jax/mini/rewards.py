@@ -32,7 +32,6 @@ from streamt1_jax.text import Tokenizer
 from streamt1_jax.types import Count, FramesU8, HostOrDevice, Scalar
 
 TOKENIZER = Path(__file__).parent / "tokenizer"
-TOKENS = 32  # read of a prompt, with its EOS; the longest caption of the world has 20
 SHORT_STRIDE, LONG_STRIDE = 3, 4  # frames; neighbours hardly differ
 LONG_STEP = 2  # pixels; motion is read from a picture of half the size
 DIM = 48  # channels of words and of places in the picture
@@ -118,8 +117,8 @@ class RewardNet(nnx.Module):
         return self.image(frames)
 
     def encode_caption(self, tokens: PromptTokens) -> tuple[Float[Array, "p M"], Float[Array, " p"]]:
-        """Rows of the caption's first tokens, and 1 for those that are there."""
-        ids, mask = (jnp.asarray(x[:TOKENS]) for x in tokens)
+        """Rows of the caption's tokens, and 1 for those that are there."""
+        ids, mask = map(jnp.asarray, tokens)
         return encode_prompt(self.text, ids, mask), (mask != 0).astype(jnp.float32)
 
     def score(

@@ -4,8 +4,9 @@ vae        short clips, on which shapes and colours are learned quickly
 vae_long   longer ones: a causal network sees more and more of the past as a video goes on
 vae_stream the end of clips after a long past, as in the middle of a video
 decoder    the VAE's decoder alone, on latents with noise
-(encode)   sequences of the world as latents, kept in the folder
+(encode)   first chunks of the world as latents, kept in the folder
 dit_first  first chunks alone, many at a time: where noise says that things are is learned from nothing else
+(encode)   sequences
 dit        whole sequences, with the cache of inference, and more first chunks
 rewards    one for frames, one for motion; they see pixels and captions alone, so they can be trained at any time
 """
