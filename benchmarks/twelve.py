@@ -50,11 +50,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=8, metavar="FRAMES")
     parser.add_argument("--one-candidate", action="store_true", help="instead of the search")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--checkpoint", default="mini", metavar="DIR", help="that train-mini wrote (default: mini)")
     parser.add_argument("--out", required=True, metavar="PNG")
     parser.add_argument("--json", metavar="FILE", help="the checks of every prompt, and the machine")
     args = parser.parse_args()
 
-    pipe = StreamT1Pipeline.from_pretrained("mini")
+    pipe = StreamT1Pipeline.from_pretrained(args.checkpoint)
     search = SearchConfig.longlive() if args.one_candidate else SearchConfig()
     rows, found = [], {}
     for prompt in PROMPTS:
