@@ -128,7 +128,7 @@ def test_stages_of_a_run_draw_other_scenes(vae):
 
 @pytest.mark.slow
 def test_no_stage_sees_what_is_held_out(vae, monkeypatch):
-    """Of the scenes that each draws, one in eight would hold such a thing."""
+    """Of the scenes that each draws, one in ten or so would hold such a thing."""
     shown, place = [], world.place
     monkeypatch.setattr(world, "place", lambda scene, openings: shown.append(scene) or place(scene, openings))
     tasks = [
